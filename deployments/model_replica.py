@@ -1,0 +1,99 @@
+"""The model replica: one engine, its link, and its reports."""
+
+import os
+from pathlib import Path
+
+from ray import serve
+
+from deployments.background import Background
+from deployments.stores import connect
+from serve_app.adapters.redis_replicas import RedisReplicas, announce_start
+from serve_app.adapters.system import SystemClock, SystemEntropy
+from serve_app.adapters.tcp_link_server import TokenLinkServer
+from serve_app.adapters.telemetry import configure_logging
+from serve_app.adapters.vllm_engine import EngineSettings, VllmEngine
+from serve_app.core.inference import ReplicaLoad
+from serve_app.core.routing import ReplicaReport
+from serve_app.settings import Settings
+
+REPORT_S = 0.5
+LAST_LINES = 15
+
+
+@serve.deployment(
+    name="model_replica",
+    max_ongoing_requests=1,
+    ray_actor_options={"num_cpus": 0.5},
+    health_check_period_s=2,
+    health_check_timeout_s=30,
+    graceful_shutdown_timeout_s=10,
+)
+class ModelReplica:
+    """Starts the engine in its constructor, so that it is ready when Serve says so."""
+
+    async def __init__(self, settings: Settings) -> None:
+        configure_logging(settings.log_level, json=True)
+        self._clock = SystemClock()
+        self._replica_id = f"host-{SystemEntropy().token()[:10]}"
+        self._models = (settings.model_name,)
+        redis_url = settings.redis_url.get_secret_value()
+        announce_start(redis_url, self._report("starting"))
+        log_path = settings.data_dir / "logs" / f"engine-{self._replica_id}.log"
+        _redirect_output(log_path)
+        try:
+            self._engine = VllmEngine.start(_engine_settings(settings), self._clock)
+        except BaseException:
+            announce_start(redis_url, self._report("failed", _last_lines(log_path)))
+            raise
+        self._stores = connect(settings, self._clock)
+        self._registry = RedisReplicas(self._stores.client, self._stores.calls, self._clock)
+        secret = settings.cluster_secret.get_secret_value().encode()
+        self._server = TokenLinkServer(self._engine, secret, self._clock, self._replica_id)
+        await self._server.listen(settings.link_host)
+        self._host = settings.link_host
+        self._background = Background()
+        self._background.start("reports", self._report_load())
+
+    async def check_health(self) -> None:
+        """Unhealthy when the engine is dead or stands still."""
+        self._background.check()
+        await self._engine.check_health()
+
+    async def _report_load(self) -> None:
+        while True:
+            await self._registry.announce(self._report("ready"))
+            await self._clock.sleep(REPORT_S)
+
+    def _report(self, phase: str, detail: str = "") -> ReplicaReport:
+        now_ms = self._clock.now_ms()
+        load = ReplicaLoad(self._replica_id, self._models, "", 0)
+        return ReplicaReport(load, phase, detail, now_ms)
+
+    async def __del__(self) -> None:
+        await self._background.stop()
+        await self._registry.withdraw(self._replica_id)
+        await self._server.close()
+        await self._engine.stop()
+        await self._stores.close()
+
+
+def _engine_settings(settings: Settings) -> EngineSettings:
+    raise NotImplementedError
+
+
+def _redirect_output(path: Path) -> None:
+    """Send this process's output, and that of the engine processes it starts, to a file.
+
+    What an engine says before it dies goes to its standard error alone; kept apart, its last
+    lines can be shown to whoever started it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+
+
+def _last_lines(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-LAST_LINES:])

@@ -1,0 +1,45 @@
+"""The router: one small control message per model call."""
+
+from ray import serve
+
+from deployments.background import Background
+from deployments.stores import connect
+from serve_app.adapters.redis_replicas import RedisReplicas
+from serve_app.adapters.system import SystemClock
+from serve_app.adapters.telemetry import configure_logging
+from serve_app.core.inference import AdmitRequest, Grant
+from serve_app.services.routing import Router
+from serve_app.settings import Settings
+
+
+@serve.deployment(
+    name="router",
+    max_ongoing_requests=1000,
+    ray_actor_options={"num_cpus": 0.05},
+    health_check_period_s=2,
+    health_check_timeout_s=10,
+)
+class RouterDeployment:
+    """Hears the replicas and chooses among them."""
+
+    async def __init__(self, settings: Settings) -> None:
+        configure_logging(settings.log_level, json=True)
+        clock = SystemClock()
+        self._stores = connect(settings, clock)
+        registry = RedisReplicas(self._stores.client, self._stores.calls, clock)
+        secret = settings.cluster_secret.get_secret_value().encode()
+        self._router = Router(registry, secret, clock)
+        self._background = Background()
+        self._background.start("router", self._router.run())
+
+    async def admit(self, request: AdmitRequest) -> Grant:
+        """Choose a replica; see `ports.Admission`."""
+        return await self._router.admit(request)
+
+    async def check_health(self) -> None:
+        """Unhealthy when it no longer hears the replicas."""
+        self._background.check()
+
+    async def __del__(self) -> None:
+        await self._background.stop()
+        await self._stores.close()

@@ -1,0 +1,106 @@
+"""What users import: the client of an inferpipe server.
+
+Owns the public names. Invariant: importing this package loads nothing but these few lines; each
+name is fetched from its module on first use (PEP 562). The server imports `inferpipe.wire`
+through this package and must not pay for an HTTP client, nor a user for Ray or vLLM.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inferpipe._calls import ExecuteOptions, HttpOptions
+    from inferpipe._stream import StreamChunk, StreamEvent
+    from inferpipe.client import AsyncExecutionStream, AsyncInferPipe, ExecutionStream, InferPipe
+    from inferpipe.errors import (
+        ApiStatusError,
+        AuthenticationError,
+        BadRequestError,
+        ConflictError,
+        ExecutionFailedError,
+        InferPipeConnectionError,
+        InferPipeError,
+        InferPipeProtocolError,
+        InferPipeTimeoutError,
+        InvalidArgumentError,
+        NotFoundError,
+        OverloadedError,
+        PermissionDeniedError,
+        RateLimitedError,
+        UnprocessableError,
+    )
+    from inferpipe.wire import (
+        ExecutionInfo,
+        ExecutionRecord,
+        ExecutionResult,
+        HealthStatus,
+        Problem,
+        RetryConfig,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ApiStatusError",
+    "AsyncExecutionStream",
+    "AsyncInferPipe",
+    "AuthenticationError",
+    "BadRequestError",
+    "ConflictError",
+    "ExecuteOptions",
+    "ExecutionFailedError",
+    "ExecutionInfo",
+    "ExecutionRecord",
+    "ExecutionResult",
+    "ExecutionStream",
+    "HealthStatus",
+    "HttpOptions",
+    "InferPipe",
+    "InferPipeConnectionError",
+    "InferPipeError",
+    "InferPipeProtocolError",
+    "InferPipeTimeoutError",
+    "InvalidArgumentError",
+    "NotFoundError",
+    "OverloadedError",
+    "PermissionDeniedError",
+    "Problem",
+    "RateLimitedError",
+    "RetryConfig",
+    "StreamChunk",
+    "StreamEvent",
+    "UnprocessableError",
+]
+
+_HOME = {
+    **dict.fromkeys(("ExecuteOptions", "HttpOptions"), "inferpipe._calls"),
+    **dict.fromkeys(("StreamChunk", "StreamEvent"), "inferpipe._stream"),
+    **dict.fromkeys(
+        ("AsyncExecutionStream", "AsyncInferPipe", "ExecutionStream", "InferPipe"),
+        "inferpipe.client",
+    ),
+    **dict.fromkeys(
+        (
+            "ExecutionInfo",
+            "ExecutionRecord",
+            "ExecutionResult",
+            "HealthStatus",
+            "Problem",
+            "RetryConfig",
+        ),
+        "inferpipe.wire",
+    ),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'inferpipe' has no attribute {name!r}")
+    # Whatever has no other home is an error class: they are the long tail of the public names.
+    value: object = getattr(import_module(_HOME.get(name, "inferpipe.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,206 @@
+"""The JSON that client and server exchange, and the SSE framing around it.
+
+Owns the shapes of `POST /v1/execute*`, `/v1/executions/{id}`, `/v1/health` and of error bodies.
+Both sides import it, so it needs pydantic only. Invariant: attributes are snake_case, the wire is
+camelCase; what the server sends may grow members, so answers ignore unknown ones, while requests
+refuse them.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictInt
+from pydantic.alias_generators import to_camel
+
+from inferpipe._sse import (
+    EVENT_BYTES_MAX,
+    ServerSentEvent,
+    SseDecoder,
+    SseTooLargeError,
+    encode_sse,
+)
+
+__all__ = [
+    "EVENT_BYTES_MAX",
+    "TERMINAL_STATUSES",
+    "CacheConfig",
+    "ExecuteRequest",
+    "ExecutionInfo",
+    "ExecutionRecord",
+    "ExecutionResult",
+    "ExecutionStatus",
+    "HealthStatus",
+    "Problem",
+    "ProblemItem",
+    "RetryConfig",
+    "ServerSentEvent",
+    "SseDecoder",
+    "SseTooLargeError",
+    "StepView",
+    "TimingView",
+    "UsageView",
+    "WireModel",
+    "encode_sse",
+]
+
+DURATION_MS_MAX = 365 * 24 * 3600 * 1000  # a year: longer is a mistake in units
+RETRY_ATTEMPTS_MAX = 1000  # enough for any cure by waiting; a bound on what one caller may queue
+USER_ID_MAX = 256
+
+ExecutionStatus = Literal[
+    "pending", "running", "waiting", "cancelling", "completed", "failed", "cancelled"
+]
+TERMINAL_STATUSES: frozenset[ExecutionStatus] = frozenset({"completed", "failed", "cancelled"})
+
+# Strict: JSON's "1000" and true are no numbers of milliseconds.
+DurationMs = Annotated[StrictInt, Field(le=DURATION_MS_MAX)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class WireModel(BaseModel):
+    """camelCase on the wire, snake_case in Python; dumps are the wire's by default."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        validate_by_alias=True,
+        validate_by_name=True,
+        serialize_by_alias=True,
+    )
+
+
+class _RequestModel(WireModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class RetryConfig(_RequestModel):
+    """How the server retries the execution; overrides the workflow's own `retry`.
+
+    `attempts` counts the tries after the first; `max_delay` is in ms. What is None here is the
+    server's choice.
+    """
+
+    attempts: Annotated[StrictInt, Field(ge=0, le=RETRY_ATTEMPTS_MAX)]
+    backoff: Literal["fixed", "exponential"] | None = None
+    max_delay: Annotated[DurationMs, Field(ge=0)] | None = None
+
+
+class CacheConfig(_RequestModel):
+    """Whether an earlier result of the same workflow and input will do; `ttl` is in seconds."""
+
+    ttl: Annotated[StrictInt, Field(gt=0, le=DURATION_MS_MAX // 1000)]
+
+
+class ExecuteRequest(_RequestModel):
+    """The body of every call that starts an execution.
+
+    `timeout` is in ms, runs from acceptance and includes the queue. A higher `priority` goes
+    first; 0 is the middle.
+    """
+
+    workflow_id: Annotated[str, Field(min_length=1)]
+    input: dict[str, Any]
+    timeout: Annotated[DurationMs, Field(gt=0)] | None = None
+    retry_config: RetryConfig | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    user_id: Annotated[str, Field(min_length=1, max_length=USER_ID_MAX)] | None = None
+    priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
+    cache: CacheConfig | None = None
+
+
+class ExecutionInfo(WireModel):
+    """What `execute/async` answers: enough to ask again."""
+
+    id: str
+    status: ExecutionStatus
+
+
+class UsageView(WireModel):
+    """Tokens as the engine counted them; a cache hit has none."""
+
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    total_tokens: Count = 0
+
+
+class TimingView(WireModel):
+    """Milliseconds in the queue, running, and from acceptance to the end."""
+
+    queued_ms: Count = 0
+    run_ms: Count = 0
+    total_ms: Count = 0
+
+
+class ExecutionResult(WireModel):
+    """An execution's outcome. `metadata` is the caller's own, as given; `attempts` is all tries."""
+
+    id: str
+    status: ExecutionStatus
+    data: Any = None
+    error: str | None = None
+    error_code: str | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    usage: UsageView = Field(default_factory=UsageView)
+    timing: TimingView = Field(default_factory=TimingView)
+    attempts: Count = 0
+    workflow_id: str
+    workflow_version: int
+    cached: bool = False
+
+
+class StepView(WireModel):
+    """One step of an execution's record."""
+
+    id: str
+    type: str
+    status: str
+    attempts: Count = 0
+    started_at: AwareDatetime | None = None
+    completed_at: AwareDatetime | None = None
+    output: Any = None
+    error: str | None = None
+    usage: UsageView | None = None
+
+
+class ExecutionRecord(ExecutionResult):
+    """Everything `GET /v1/executions/{id}` tells, at any time of the execution's life."""
+
+    progress: Annotated[float, Field(ge=0, le=100)] = 0
+    retry_of: str | None = None
+    user_id: str | None = None
+    created_at: AwareDatetime
+    started_at: AwareDatetime | None = None
+    completed_at: AwareDatetime | None = None
+    steps: list[StepView] = Field(default_factory=list)
+
+
+class HealthStatus(WireModel):
+    """The server's health, in its own words; a 503 answer has this shape too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: str
+    version: str
+    services: dict[str, Any] = Field(default_factory=dict)
+
+
+class ProblemItem(WireModel):
+    """One thing wrong with one place of the body; `loc` is keys and indexes from its root."""
+
+    loc: list[str | int]
+    msg: str
+
+
+class Problem(WireModel):
+    """An error body: RFC 9457 problem details with our `code`, `requestId` and `errors`.
+
+    Dump it with `exclude_none=True`: `errors` is there for 422 only.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str = ""
+    code: str
+    request_id: str | None = None
+    errors: list[ProblemItem] | None = None

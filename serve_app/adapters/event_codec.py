@@ -1,0 +1,95 @@
+"""Events and snapshots as JSON, the form they have in the store.
+
+Owns the mapping between core's dataclasses and stored bytes. Invariant: what any release wrote,
+this one reads (`tests/replay`): members may be added with a default, never renamed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import orjson
+
+from serve_app.core.execution import (
+    KIND_OF,
+    KINDS,
+    Event,
+    Execution,
+    ExecutionCreated,
+    Status,
+    StepState,
+    StepStatus,
+)
+from serve_app.core.inference import Usage
+from serve_app.core.journal import StoredEvent
+from serve_app.core.retry import Backoff, RetryPolicy
+
+_STEP_FIELD = "st:"
+# Members of the snapshot's `x` field: all that is neither kept apart nor derived.
+_EXECUTION_MEMBERS = tuple(
+    member.name
+    for member in fields(Execution)
+    if member.name not in {"id", "seq", "status", "created", "steps"}
+)
+
+
+def encode_event(event: Event) -> tuple[str, bytes]:
+    """The kind and the JSON of an event."""
+    return KIND_OF[type(event)], orjson.dumps(event)
+
+
+def decode_event(kind: str, data: bytes | str) -> Event:
+    """The event; an unknown kind is a KeyError: the journal is of a later release."""
+    members: dict[str, Any] = orjson.loads(data)
+    if "usage" in members:
+        members["usage"] = Usage(**members["usage"])
+    if "token_ids" in members:
+        members["token_ids"] = tuple(members["token_ids"])
+    if kind == "execution.created":
+        members["retry"] = _retry(members["retry"])
+    return KINDS[kind](**members)
+
+
+def decode_stored(seq: int, kind: str, data: bytes | str, commit_id: str) -> StoredEvent:
+    """An entry of a journal."""
+    return StoredEvent(seq, commit_id, decode_event(kind, data))
+
+
+def changed_fields(before: Execution, after: Execution) -> dict[str, bytes]:
+    """The snapshot fields that differ; `seq` and `status` are the store's own."""
+    changed: dict[str, bytes] = {}
+    if any(getattr(before, name) != getattr(after, name) for name in _EXECUTION_MEMBERS):
+        changed["x"] = orjson.dumps({name: getattr(after, name) for name in _EXECUTION_MEMBERS})
+    for step_id, step in after.steps.items():
+        if before.steps.get(step_id) is not step:
+            changed[_STEP_FIELD + step_id] = orjson.dumps(step)
+    return changed
+
+
+def decode_snapshot(execution_id: str, snapshot: Mapping[str, bytes]) -> Execution:
+    """The state that a snapshot's fields hold."""
+    created = decode_event("execution.created", snapshot["created"])
+    assert isinstance(created, ExecutionCreated), "the field holds nothing else"
+    execution = Execution(
+        id=execution_id,
+        seq=int(snapshot["seq"]),
+        status=Status(snapshot["status"].decode()),
+        created=created,
+        steps={
+            name.removeprefix(_STEP_FIELD): _step(orjson.loads(value))
+            for name, value in snapshot.items()
+            if name.startswith(_STEP_FIELD)
+        },
+    )
+    return replace(execution, **orjson.loads(snapshot["x"])) if "x" in snapshot else execution
+
+
+def _step(members: dict[str, Any]) -> StepState:
+    members["status"] = StepStatus(members["status"])
+    members["usage"] = Usage(**members["usage"])
+    return StepState(**members)
+
+
+def _retry(members: dict[str, Any]) -> RetryPolicy:
+    members["backoff"] = Backoff(members["backoff"])
+    return RetryPolicy(**members)

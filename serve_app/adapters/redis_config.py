@@ -1,0 +1,138 @@
+"""Configuration in Redis: workflow definitions by version, and API keys by hash.
+
+Owns the caches: what was read is believed for a second, a definition's version for ever, because
+it never changes. Invariant: a revoked key or a new version counts everywhere within CACHE_S.
+"""
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import orjson
+
+from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.core.auth import Principal, Scope, key_digest
+from serve_app.core.errors import UnknownWorkflowError
+from serve_app.core.workflow import Workflow
+from serve_app.ports import Clock
+
+CONFIG_KEY = "ip:{config}"
+SHIPPED = "_shipped"  # no workspace can have this name: its pattern forbids the underscore
+CACHE_S = 1.0
+CACHE_MAX = 10_000
+
+Value = TypeVar("Value")
+Parse = Callable[[object], Workflow]
+
+
+class _Cache(Generic[Value]):
+    """Values believed for CACHE_S; emptied when it is full, which is cheap and rare."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._values: dict[str, tuple[float, Value]] = {}
+
+    def get(self, key: str) -> tuple[Value] | None:
+        """The value in a tuple, so that None can be one."""
+        found = self._values.get(key)
+        if found is None or self._clock.monotonic_s() - found[0] > CACHE_S:
+            return None
+        return (found[1],)
+
+    def put(self, key: str, value: Value) -> Value:
+        if len(self._values) >= CACHE_MAX:
+            self._values.clear()
+        self._values[key] = (self._clock.monotonic_s(), value)
+        return value
+
+
+class RedisCatalog:
+    """WorkflowCatalog: a workspace's own definitions, then those we ship."""
+
+    def __init__(self, calls: RedisCalls, parse: Parse, clock: Clock) -> None:
+        self._calls = calls
+        self._parse = parse
+        self._versions: dict[tuple[str, str, int], Workflow] = {}
+        self._latest: _Cache[tuple[str, int] | None] = _Cache(clock)
+
+    async def define(self, workspace: str, workflow_id: str, document: object) -> int:
+        """Store a definition; the version it has now."""
+        data = orjson.dumps(document, option=orjson.OPT_SORT_KEYS)
+        version = await self._calls.fcall("ip1_define", CONFIG_KEY, workspace, workflow_id, data)
+        return int(version)
+
+    async def latest(self, workspace: str, workflow_id: str) -> tuple[int, Workflow]:
+        """See `ports.WorkflowCatalog`."""
+        name = f"{workspace}:{workflow_id}"
+        cached = self._latest.get(name)
+        found = cached[0] if cached else self._latest.put(name, await self._find(workspace, name))
+        if found is None:
+            raise UnknownWorkflowError(f"no workflow {workflow_id!r} in this workspace")
+        owner, version = found
+        return version, await self._load(owner, workflow_id, version)
+
+    async def version(self, workspace: str, workflow_id: str, version: int) -> Workflow:
+        """See `ports.WorkflowCatalog`."""
+        for owner in (workspace, SHIPPED):
+            known = self._versions.get((owner, workflow_id, version))
+            if known is not None:
+                return known
+        try:
+            return await self._load(workspace, workflow_id, version)
+        except UnknownWorkflowError:
+            return await self._load(SHIPPED, workflow_id, version)
+
+    async def _find(self, workspace: str, name: str) -> tuple[str, int] | None:
+        workflow_id = name.removeprefix(f"{workspace}:")
+        for owner in (workspace, SHIPPED):
+            count = await self._calls.call("HLEN", f"{CONFIG_KEY}:wf:{owner}:{workflow_id}")
+            if count:
+                return owner, int(count)
+        return None
+
+    async def _load(self, owner: str, workflow_id: str, version: int) -> Workflow:
+        known = self._versions.get((owner, workflow_id, version))
+        if known is not None:
+            return known
+        key = f"{CONFIG_KEY}:wf:{owner}:{workflow_id}"
+        data = await self._calls.call("HGET", key, version)
+        if data is None:
+            raise UnknownWorkflowError(f"no version {version} of workflow {workflow_id!r}")
+        if len(self._versions) >= CACHE_MAX:
+            self._versions.clear()
+        workflow = self._parse(orjson.loads(data))
+        self._versions[(owner, workflow_id, version)] = workflow
+        return workflow
+
+
+class RedisKeys:
+    """API keys by their hash."""
+
+    def __init__(self, calls: RedisCalls, clock: Clock) -> None:
+        self._calls = calls
+        self._cache: _Cache[Principal | None] = _Cache(clock)
+
+    async def find(self, key: str) -> Principal | None:
+        """Who a key belongs to; None when it is not known."""
+        digest = key_digest(key)
+        cached = self._cache.get(digest)
+        if cached:
+            return cached[0]
+        data = await self._calls.call("HGET", f"{CONFIG_KEY}:keys", digest)
+        return self._cache.put(digest, None if data is None else _principal(orjson.loads(data)))
+
+    async def put(self, key: str, principal: Principal) -> None:
+        """Make a key known."""
+        record = orjson.dumps(
+            {"id": principal.key_id, "workspace": principal.workspace, "scope": principal.scope}
+        )
+        await self._calls.call("HSET", f"{CONFIG_KEY}:keys", key_digest(key), record)
+
+    async def any_admin(self, workspace: str) -> bool:
+        """Whether the workspace has an admin key."""
+        records = await self._calls.call("HVALS", f"{CONFIG_KEY}:keys")
+        principals = [_principal(orjson.loads(record)) for record in records]
+        return any(p.workspace == workspace and p.can(Scope.ADMIN) for p in principals)
+
+
+def _principal(record: dict[str, Any]) -> Principal:
+    return Principal(record["workspace"], Scope(record["scope"]), record["id"])

@@ -1,0 +1,280 @@
+#!lua name=inferpipe_v1
+-- Every key, channel, TTL and function of the store.
+--
+-- p is KEYS[1], the prefix of one partition, "ip:{<partition>}": its braces put all keys below in
+-- one hash slot, so that one call commits one transition atomically, on a cluster too.
+--
+--   p:s:<execution>        hash    snapshot: seq owner status ws wf at prio watch created x st:<step>
+--   p:j:<execution>        stream  journal: id "<seq>-0", fields k (kind) d (JSON) c (commit id)
+--   p:ready                zset    executions without an owner that have work; score: priority, age
+--   p:timers               zset    parked executions; score: when to wake, Unix ms
+--   p:workers              zset    live workers; score: when the lease runs out, Unix ms
+--   p:owned:<worker>       set     executions the worker owns
+--   p:capacity             string  how many a worker may own in this partition
+--   p:tokens               string  counter behind owner tokens
+--   p:ix:<ws>[:wf:<id>|:st:<status>]  zset  executions by creation time
+--   p:outbox               stream  messages for other partitions; p:seen zset, message ids applied here
+--   p:log:<name>           stream  what the relay delivered here
+--   p:in:<ingress>, p:w:<worker>, p:bell   sharded channels
+--   ip:{config}:wf:<ws>:<id> hash  version -> definition; ip:{config}:keys hash  key hash -> record
+--
+-- Snapshot and journal expire `retention` ms after the terminal event; everything else goes with
+-- its owner. Times are the server's own (TIME), so workers need not agree on the hour.
+
+local WATCHERS_MAX = 8        -- ingresses told of one execution; the oldest is dropped, it re-reads
+local DUE_MAX = 128           -- timers fired in one heartbeat; the rest by the next, at once
+local SEEN_TTL_MS = 86400000  -- a message is de-duplicated for a day, far beyond any relay's retry
+local PUBLISH_MAX = 65536     -- bytes of events carried by a bell; beyond it the reader reads
+local LOG_MAX = 1000          -- entries kept of a relayed log
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+end
+
+local function text(n)
+  return string.format('%.0f', n)
+end
+
+-- Put an execution that has work to a live worker with room, or on the ready queue.
+local function assign(p, eid, prio, created)
+  local now = now_ms()
+  local capacity = tonumber(redis.call('GET', p .. ':capacity') or '0')
+  local best, least
+  if capacity > 0 then
+    for _, w in ipairs(redis.call('ZRANGEBYSCORE', p .. ':workers', '(' .. text(now), '+inf', 'LIMIT', 0, 64)) do
+      local n = redis.call('SCARD', p .. ':owned:' .. w)
+      if n < capacity and (not least or n < least) then best, least = w, n end
+    end
+  end
+  if best then
+    local token = best .. '/' .. redis.call('INCR', p .. ':tokens')
+    redis.call('HSET', p .. ':s:' .. eid, 'owner', token)
+    redis.call('SADD', p .. ':owned:' .. best, eid)
+    redis.call('SPUBLISH', p .. ':w:' .. best, cmsgpack.pack({'start', eid, token, created or ''}))
+    return token
+  end
+  redis.call('ZADD', p .. ':ready', text(now - (tonumber(prio) or 0) * 1e13), eid)
+  redis.call('SPUBLISH', p .. ':bell', cmsgpack.pack({'ready'}))
+  return ''
+end
+
+local function tell(p, watch, worker, eid, first, events, size)
+  if (not watch or watch == '') and not worker then return end
+  local carried = size <= PUBLISH_MAX and events or {}
+  local message = cmsgpack.pack({'events', eid, first, first + #events - 1, carried})
+  for ingress in string.gmatch(watch or '', '%S+') do
+    redis.call('SPUBLISH', p .. ':in:' .. ingress, message)
+  end
+  if worker then redis.call('SPUBLISH', p .. ':w:' .. worker, message) end
+end
+
+local function entries(p, eid, after, count)
+  local found = {}
+  local from = string.format('%.0f-1', after)
+  for _, entry in ipairs(redis.call('XRANGE', p .. ':j:' .. eid, from, '+', 'COUNT', count)) do
+    local f = entry[2]
+    found[#found + 1] = {tonumber(string.match(entry[1], '^(%d+)')), f[2], f[4], f[6]}
+  end
+  return found
+end
+
+local function append(p, eid, seq, commit_id, args, at, n)
+  local events, size = {}, 0
+  for i = 1, n do
+    local kind, data = args[at], args[at + 1]
+    redis.call('XADD', p .. ':j:' .. eid, text(seq + i) .. '-0', 'k', kind, 'd', data, 'c', commit_id)
+    events[i] = {kind, data, commit_id}
+    size = size + #data
+    at = at + 2
+  end
+  return events, size, at
+end
+
+-- create: eid commit_id data ws workflow created_ms priority watcher backlog_max fields_n (name value)*
+local function create(keys, args)
+  local p, eid = keys[1], args[1]
+  local s = p .. ':s:' .. eid
+  if redis.call('EXISTS', s) == 1 then return {'same', redis.call('HGETALL', s)} end
+  if redis.call('ZCARD', p .. ':ready') >= tonumber(args[9]) then return {'overloaded'} end
+  local ws, workflow, at = args[4], args[5], args[6]
+  redis.call('XADD', p .. ':j:' .. eid, '1-0', 'k', 'execution.created', 'd', args[3], 'c', args[2])
+  redis.call('HSET', s, 'seq', '1', 'owner', '', 'status', 'pending', 'ws', ws, 'wf', workflow,
+    'at', at, 'prio', args[7], 'watch', args[8], 'created', args[3])
+  redis.call('ZADD', p .. ':ix:' .. ws, at, eid)
+  redis.call('ZADD', p .. ':ix:' .. ws .. ':wf:' .. workflow, at, eid)
+  redis.call('ZADD', p .. ':ix:' .. ws .. ':st:pending', at, eid)
+  assign(p, eid, args[7], #args[3] <= PUBLISH_MAX and args[3] or '')
+  return {'new'}
+end
+
+-- commit: eid commit_id expected token status verb arg events_n (kind data)* fields_n (name value)*
+--         out_n (message_id target body)*
+-- verb: keep | park (arg: wake ms) | end (arg: retention ms) | append (by somebody else than the owner)
+local function commit(keys, args)
+  local p, eid, commit_id, token, verb = keys[1], args[1], args[2], args[4], args[6]
+  local s = p .. ':s:' .. eid
+  local h = redis.call('HMGET', s, 'seq', 'owner', 'status', 'ws', 'at', 'watch', 'prio')
+  if not h[1] then return {'gone'} end
+  local seq, expected, owner = tonumber(h[1]), tonumber(args[3]), h[2]
+  if seq ~= expected then
+    local missed = entries(p, eid, expected, 1000)
+    local is_ours = missed[1] and missed[1][4] == commit_id
+    if token ~= '' and owner ~= token and not is_ours then return {'stale'} end
+    return {is_ours and 'same' or 'conflict', missed}
+  end
+  if token ~= '' and owner ~= token then return {'stale'} end
+
+  local n, at = tonumber(args[8]), 9
+  local events, size
+  events, size, at = append(p, eid, seq, commit_id, args, at, n)
+  local status, set = args[5], {'seq', text(seq + n), 'status', args[5]}
+  for _ = 1, tonumber(args[at]) do
+    set[#set + 1], set[#set + 2] = args[at + 1], args[at + 2]
+    at = at + 2
+  end
+  at = at + 1
+  for _ = 1, tonumber(args[at]) do
+    redis.call('XADD', p .. ':outbox', '*', 'm', args[at + 1], 't', args[at + 2], 'b', args[at + 3])
+    at = at + 3
+  end
+  local worker = string.match(owner, '^(.*)/')
+  if verb == 'park' or verb == 'end' then
+    set[#set + 1], set[#set + 2] = 'owner', ''
+    redis.call('SREM', p .. ':owned:' .. worker, eid)
+  end
+  redis.call('HSET', s, unpack(set))
+  if status ~= h[3] then
+    redis.call('ZREM', p .. ':ix:' .. h[4] .. ':st:' .. h[3], eid)
+    redis.call('ZADD', p .. ':ix:' .. h[4] .. ':st:' .. status, h[5], eid)
+  end
+  if verb == 'park' then
+    redis.call('ZADD', p .. ':timers', args[7], eid)
+  elseif verb == 'end' then
+    redis.call('PEXPIRE', s, args[7])
+    redis.call('PEXPIRE', p .. ':j:' .. eid, args[7])
+  end
+  tell(p, h[6], verb == 'append' and worker, eid, seq + 1, events, size)
+  if verb == 'append' and owner == '' then
+    redis.call('ZREM', p .. ':timers', eid)
+    assign(p, eid, h[7])
+  end
+  return {'new', redis.call('ZCARD', p .. ':ready')}
+end
+
+local function reap(p, worker)
+  redis.call('ZREM', p .. ':workers', worker)
+  local orphans = redis.call('SMEMBERS', p .. ':owned:' .. worker)
+  redis.call('DEL', p .. ':owned:' .. worker)
+  for _, eid in ipairs(orphans) do
+    local h = redis.call('HMGET', p .. ':s:' .. eid, 'owner', 'prio')
+    if h[1] and string.match(h[1], '^(.*)/') == worker then
+      redis.call('HSET', p .. ':s:' .. eid, 'owner', '')
+      assign(p, eid, h[2])
+    end
+  end
+  return #orphans
+end
+
+-- heartbeat: worker ttl_ms capacity
+-- -> {now, next timer or -1, ready depth, owned count, outbox length, reaped, {live worker...}}
+local function heartbeat(keys, args)
+  local p, worker = keys[1], args[1]
+  local now = now_ms()
+  -- Only a worker in good standing takes from others: after an outage of the server all leases
+  -- have run out, and whoever comes first would take from the living.
+  local lease = redis.call('ZSCORE', p .. ':workers', worker)
+  redis.call('ZADD', p .. ':workers', text(now + tonumber(args[2])), worker)
+  redis.call('SET', p .. ':capacity', args[3])
+  local reaped = 0
+  if lease and tonumber(lease) > now then
+    for _, w in ipairs(redis.call('ZRANGEBYSCORE', p .. ':workers', '-inf', text(now), 'LIMIT', 0, 8)) do
+      reaped = reaped + reap(p, w)
+    end
+  end
+  for _, eid in ipairs(redis.call('ZRANGEBYSCORE', p .. ':timers', '-inf', text(now), 'LIMIT', 0, DUE_MAX)) do
+    redis.call('ZREM', p .. ':timers', eid)
+    local h = redis.call('HMGET', p .. ':s:' .. eid, 'owner', 'prio')
+    if h[1] == '' then assign(p, eid, h[2]) end
+  end
+  local next_timer = redis.call('ZRANGE', p .. ':timers', 0, 0, 'WITHSCORES')
+  return {
+    text(now), next_timer[2] or '-1', redis.call('ZCARD', p .. ':ready'),
+    redis.call('SCARD', p .. ':owned:' .. worker), redis.call('XLEN', p .. ':outbox'), reaped,
+    redis.call('ZRANGEBYSCORE', p .. ':workers', '(' .. text(now), '+inf', 'LIMIT', 0, 64),
+  }
+end
+
+-- claim: worker limit -> {{eid, token, snapshot}...}
+local function claim(keys, args)
+  local p, worker, got = keys[1], args[1], {}
+  local popped = redis.call('ZPOPMIN', p .. ':ready', args[2])
+  for i = 1, #popped, 2 do
+    local eid = popped[i]
+    local s = p .. ':s:' .. eid
+    if redis.call('HGET', s, 'owner') == '' then
+      local token = worker .. '/' .. redis.call('INCR', p .. ':tokens')
+      redis.call('HSET', s, 'owner', token)
+      redis.call('SADD', p .. ':owned:' .. worker, eid)
+      got[#got + 1] = {eid, token, redis.call('HGETALL', s)}
+    end
+  end
+  return got
+end
+
+-- owned: worker -> {{eid, token, snapshot}...}: what a worker owns, for one that missed a push
+local function owned(keys, args)
+  local p, got = keys[1], {}
+  for _, eid in ipairs(redis.call('SMEMBERS', p .. ':owned:' .. args[1])) do
+    local snapshot = redis.call('HGETALL', p .. ':s:' .. eid)
+    if #snapshot > 0 then
+      got[#got + 1] = {eid, redis.call('HGET', p .. ':s:' .. eid, 'owner'), snapshot}
+    else
+      redis.call('SREM', p .. ':owned:' .. args[1], eid)
+    end
+  end
+  return got
+end
+
+-- watch: eid ingress -> {} or snapshot: from now on commits are told to the ingress too
+local function watch(keys, args)
+  local s = keys[1] .. ':s:' .. args[1]
+  local present = redis.call('HGET', s, 'watch')
+  if not present then return {} end
+  local kept = {}
+  for ingress in string.gmatch(present, '%S+') do
+    if ingress ~= args[2] then kept[#kept + 1] = ingress end
+  end
+  kept[#kept + 1] = args[2]
+  while #kept > WATCHERS_MAX do table.remove(kept, 1) end
+  redis.call('HSET', s, 'watch', table.concat(kept, ' '))
+  return redis.call('HGETALL', s)
+end
+
+-- apply: message_id log body -> 1 when it is new here
+local function apply(keys, args)
+  local p, now = keys[1], now_ms()
+  if redis.call('ZADD', p .. ':seen', 'NX', text(now), args[1]) == 0 then return 0 end
+  redis.call('ZREMRANGEBYSCORE', p .. ':seen', '-inf', text(now - SEEN_TTL_MS))
+  redis.call('XADD', p .. ':log:' .. args[2], 'MAXLEN', '~', LOG_MAX, '*', 'm', args[1], 'b', args[3])
+  return 1
+end
+
+-- define: ws id definition -> version; the same definition again keeps its version
+local function define(keys, args)
+  local key = keys[1] .. ':wf:' .. args[1] .. ':' .. args[2]
+  local version = redis.call('HLEN', key)
+  if version > 0 and redis.call('HGET', key, version) == args[3] then return version end
+  redis.call('HSET', key, version + 1, args[3])
+  return version + 1
+end
+
+redis.register_function('ip1_create', create)
+redis.register_function('ip1_commit', commit)
+redis.register_function('ip1_heartbeat', heartbeat)
+redis.register_function('ip1_claim', claim)
+redis.register_function('ip1_owned', owned)
+redis.register_function('ip1_watch', watch)
+redis.register_function('ip1_reap', function(keys, args) return reap(keys[1], args[1]) end)
+redis.register_function('ip1_apply', apply)
+redis.register_function('ip1_define', define)

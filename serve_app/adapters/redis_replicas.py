@@ -1,0 +1,114 @@
+"""ReplicaRegistry on Redis: reports are published, and the last one of each replica is kept.
+
+Owns the registry's one hash and its channel. Invariant: a report is a hint with a time on it; one
+that is too old counts as no report, so nothing has to be cleaned up after a crash.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import redis
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.core.inference import ReplicaLoad
+from serve_app.core.routing import ReplicaReport
+from serve_app.ports import Clock
+
+_HASH = "ip:{config}:replicas"
+_CHANNEL = "ip:{config}:reports"
+_FORGET_MS = 600_000
+_RETRY_DELAY_S = 0.2
+
+
+class RedisReplicas:
+    """See `ports.ReplicaRegistry`."""
+
+    def __init__(self, client: "Redis[bytes]", calls: RedisCalls, clock: Clock) -> None:
+        self._client = client
+        self._calls = calls
+        self._clock = clock
+
+    async def announce(self, report: ReplicaReport) -> None:
+        """Publish a report and keep it as the replica's last."""
+        data = orjson.dumps(report)
+        await self._calls.call("HSET", _HASH, report.load.replica_id, data)
+        await self._calls.call("PUBLISH", _CHANNEL, data)
+
+    async def withdraw(self, replica_id: str) -> None:
+        """Forget a replica that stops."""
+        await self._calls.call("HDEL", _HASH, replica_id)
+
+    async def latest(self) -> tuple[ReplicaReport, ...]:
+        """The last report of each replica, oldest first; long dead ones are dropped."""
+        rows = await self._calls.call("HGETALL", _HASH)
+        reports = sorted((_report(row) for row in rows.values()), key=_age)
+        for report in reports:
+            if self._clock.now_ms() - report.at_ms > _FORGET_MS:
+                await self.withdraw(report.load.replica_id)
+        return tuple(reports)
+
+    @asynccontextmanager
+    async def reports(self) -> AsyncIterator[AsyncIterator[ReplicaReport]]:
+        """Present reports first, then each new one."""
+        pubsub = self._client.pubsub(ignore_subscribe_messages=True)
+        await pubsub.subscribe(_CHANNEL)
+        try:
+            yield self._stream(pubsub)
+        finally:
+            await pubsub.aclose()
+
+    async def _stream(self, pubsub: Any) -> AsyncIterator[ReplicaReport]:  # noqa: ANN401 - redis-py's PubSub is untyped
+        for report in await self.latest():
+            yield report
+        while True:
+            try:
+                message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=None)
+            except (RedisError, OSError):
+                await self._clock.sleep(_RETRY_DELAY_S)
+                continue  # redis-py subscribes again when it reconnects; reports come each second
+            if message is not None and message["type"] == "message":
+                yield _report(message["data"])
+
+
+def announce_start(redis_url: str, report: ReplicaReport) -> None:
+    """Report a phase from a constructor, where no event loop turns yet."""
+    client = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=5)
+    try:
+        client.hset(_HASH, report.load.replica_id, orjson.dumps(report))
+    finally:
+        client.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPhase:
+    """How far a replica has come."""
+
+    phase: str
+    detail: str
+
+
+def read_phases(redis_url: str, since_ms: int) -> tuple[ReplicaPhase, ...]:
+    """The phases of replicas that reported since a moment, for whoever starts the cluster."""
+    client = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=5)
+    try:
+        rows = client.hgetall(_HASH)
+    finally:
+        client.close()
+    reports = (_report(row) for row in rows.values())
+    return tuple(ReplicaPhase(r.phase, r.detail) for r in reports if r.at_ms >= since_ms)
+
+
+def _report(data: bytes) -> ReplicaReport:
+    members: dict[str, Any] = orjson.loads(data)
+    load = members.pop("load")
+    load["models"] = tuple(load["models"])
+    return ReplicaReport(load=ReplicaLoad(**load), **members)
+
+
+def _age(report: ReplicaReport) -> int:
+    return report.at_ms

@@ -1,0 +1,241 @@
+"""ExecutionStore and WorkerStore on Redis or Valkey.
+
+Owns the arguments and answers of the functions in `redis_functions.lua`, where every key stands.
+Invariant: one transition is one function call; nothing here reads, decides and then writes.
+"""
+
+import asyncio
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from serve_app.adapters.event_codec import (
+    changed_fields,
+    decode_snapshot,
+    decode_stored,
+    encode_event,
+)
+from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.core.errors import OverloadedError
+from serve_app.core.execution import Execution, ExecutionCreated, Status, new_execution
+from serve_app.core.journal import (
+    Commit,
+    CommitAnswer,
+    Committed,
+    Conflict,
+    Heartbeat,
+    Outgoing,
+    Owned,
+    Stale,
+    StoredEvent,
+    partition_of,
+)
+from serve_app.ports import Accepted
+
+
+def partition_key(partition: int) -> str:
+    """The key prefix of a partition; its braces make it one slot."""
+    return f"ip:{{{partition}}}"
+
+
+class RedisStore:
+    """Journals in Redis, one slot per partition."""
+
+    def __init__(
+        self, calls: RedisCalls, *, partition_count: int, backlog_max: int, retention_ms: int
+    ) -> None:
+        self._calls = calls
+        self._partition_count = partition_count
+        self._backlog_max = backlog_max
+        self._retention_ms = retention_ms
+
+    @property
+    def partition_count(self) -> int:
+        """Fixed per cluster."""
+        return self._partition_count
+
+    async def create(
+        self, execution_id: str, created: ExecutionCreated, commit_id: str, watcher: str
+    ) -> Accepted:
+        """See `ports.ExecutionStore`."""
+        _, data = encode_event(created)
+        answer = await self._calls.fcall(
+            "ip1_create",
+            self._key(execution_id),
+            execution_id,
+            commit_id,
+            data,
+            created.workspace,
+            created.workflow_id,
+            created.at_ms,
+            created.priority,
+            watcher,
+            self._backlog_max,
+        )
+        if answer[0] == b"new":
+            return Accepted(is_new=True, execution=new_execution(execution_id, created))
+        if answer[0] == b"same":
+            return Accepted(is_new=False, execution=_snapshot(execution_id, answer[1]))
+        raise OverloadedError(
+            f"{self._backlog_max} executions wait in this partition already; try again later"
+        )
+
+    async def commit(self, commit: Commit) -> CommitAnswer:
+        """See `ports.ExecutionStore`."""
+        before, after = commit.before, commit.after
+        verb, argument = _verb(commit, self._retention_ms)
+        args: list[str | bytes | int] = [
+            after.id,
+            commit.commit_id,
+            before.seq,
+            commit.token or "",
+            after.status,
+            verb,
+            argument,
+            len(commit.events),
+        ]
+        for event in commit.events:
+            args.extend(encode_event(event))
+        changed = changed_fields(before, after)
+        args.append(len(changed))
+        for name, value in changed.items():
+            args.extend((name, value))
+        args.append(len(commit.outgoing))
+        for message in commit.outgoing:
+            target = f"{message.target_partition}:{message.log}"
+            args.extend((message.message_id, target, message.body))
+        answer = await self._calls.fcall("ip1_commit", self._key(after.id), *args)
+        if answer[0] == b"new":
+            return Committed(ready_depth=int(answer[1]))
+        if answer[0] in (b"same", b"conflict"):
+            return Conflict(_stored(answer[1]), is_ours=answer[0] == b"same")
+        return Stale()
+
+    async def load(self, execution_id: str) -> Execution | None:
+        """See `ports.ExecutionStore`."""
+        key = f"{self._key(execution_id)}:s:{execution_id}"
+        return _snapshot_or_none(execution_id, await self._calls.call("HGETALL", key))
+
+    async def read(self, execution_id: str, after: int, limit: int) -> Sequence[StoredEvent]:
+        """See `ports.ExecutionStore`."""
+        key = f"{self._key(execution_id)}:j:{execution_id}"
+        rows = await self._calls.call("XRANGE", key, f"{after}-1", "+", "COUNT", limit)
+        return tuple(
+            decode_stored(
+                int(entry_id.split(b"-")[0]),
+                members[b"k"].decode(),
+                members[b"d"],
+                members[b"c"].decode(),
+            )
+            for entry_id, members in rows
+        )
+
+    async def watch(self, execution_id: str, watcher: str) -> Execution | None:
+        """See `ports.ExecutionStore`."""
+        answer = await self._calls.fcall(
+            "ip1_watch", self._key(execution_id), execution_id, watcher
+        )
+        return _snapshot_or_none(execution_id, answer)
+
+    async def live_workers(self) -> int:
+        """See `ports.ExecutionStore`."""
+        workers = f"{partition_key(0)}:workers"
+        seconds, _ = await self._calls.call("TIME")
+        return int(await self._calls.call("ZCOUNT", workers, int(seconds) * 1000, "+inf"))
+
+    async def last_seqs(self, execution_ids: Collection[str]) -> Mapping[str, int]:
+        """See `ports.ExecutionStore`."""
+        keys = [f"{self._key(execution_id)}:s:{execution_id}" for execution_id in execution_ids]
+        seqs = await asyncio.gather(*(self._calls.call("HGET", key, "seq") for key in keys))
+        found = zip(execution_ids, seqs, strict=True)
+        return {execution_id: int(seq) for execution_id, seq in found if seq is not None}
+
+    async def heartbeat(
+        self, partition: int, worker_id: str, lease_ttl_ms: int, capacity: int
+    ) -> Heartbeat:
+        """See `ports.WorkerStore`."""
+        now, timer, ready, owned, outbox, reaped, workers = await self._calls.fcall(
+            "ip1_heartbeat", partition_key(partition), worker_id, lease_ttl_ms, capacity
+        )
+        next_timer_ms = int(float(timer))
+        return Heartbeat(
+            now_ms=int(now),
+            next_timer_ms=next_timer_ms if next_timer_ms >= 0 else None,
+            ready_depth=ready,
+            owned_count=owned,
+            outbox_length=outbox,
+            reaped_count=reaped,
+            workers=tuple(worker.decode() for worker in workers),
+        )
+
+    async def claim(self, partition: int, worker_id: str, limit: int) -> Sequence[Owned]:
+        """See `ports.WorkerStore`."""
+        rows = await self._calls.fcall("ip1_claim", partition_key(partition), worker_id, limit)
+        return tuple(_owned(rows))
+
+    async def owned(self, partition: int, worker_id: str) -> Sequence[Owned]:
+        """See `ports.WorkerStore`."""
+        rows = await self._calls.fcall("ip1_owned", partition_key(partition), worker_id)
+        return tuple(_owned(rows))
+
+    async def reap(self, partition: int, worker_id: str) -> int:
+        """See `ports.WorkerStore`."""
+        return int(await self._calls.fcall("ip1_reap", partition_key(partition), worker_id))
+
+    async def send(self, outgoing: Outgoing) -> bool:
+        """See `ports.WorkerStore`."""
+        key = partition_key(outgoing.target_partition)
+        args = (outgoing.message_id, outgoing.log, outgoing.body)
+        return bool(await self._calls.fcall("ip1_apply", key, *args))
+
+    async def relay(self, partition: int, limit: int) -> int:
+        """See `ports.WorkerStore`.
+
+        Applied first, dropped after: a crash between the two sends it again, and the target
+        drops the copy by its message id.
+        """
+        outbox = f"{partition_key(partition)}:outbox"
+        rows = await self._calls.call("XRANGE", outbox, "-", "+", "COUNT", limit)
+        for entry_id, members in rows:
+            partition_text, _, log = members[b"t"].decode().partition(":")
+            message_id = members[b"m"].decode()
+            await self.send(Outgoing(message_id, int(partition_text), log, members[b"b"]))
+            await self._calls.call("XDEL", outbox, entry_id)
+        return len(rows)
+
+    def _key(self, execution_id: str) -> str:
+        partition = partition_of(execution_id, self._partition_count)
+        # An id of no partition is nobody's; any partition answers that it is unknown.
+        return partition_key(partition or 0)
+
+
+def _verb(commit: Commit, retention_ms: int) -> tuple[str, int]:
+    """What becomes of the ownership: it follows from the state, so nobody can forget it."""
+    if commit.token is None:
+        return "append", 0
+    if commit.after.is_terminal:
+        return "end", retention_ms
+    if commit.after.status is Status.WAITING:
+        assert commit.after.wake_at_ms is not None, "a waiting execution has a wake time"
+        return "park", commit.after.wake_at_ms
+    return "keep", 0
+
+
+def _stored(rows: Iterable[Any]) -> tuple[StoredEvent, ...]:
+    return tuple(
+        decode_stored(int(seq), kind.decode(), data, commit_id.decode())
+        for seq, kind, data, commit_id in rows
+    )
+
+
+def _owned(rows: Iterable[Any]) -> Iterable[Owned]:
+    for execution_id, token, snapshot in rows:
+        yield Owned(token.decode(), _snapshot(execution_id.decode(), snapshot))
+
+
+def _snapshot_or_none(execution_id: str, flat: Sequence[bytes]) -> Execution | None:
+    return _snapshot(execution_id, flat) if flat else None
+
+
+def _snapshot(execution_id: str, flat: Sequence[bytes] | Mapping[bytes, bytes]) -> Execution:
+    pairs = flat.items() if isinstance(flat, Mapping) else zip(flat[::2], flat[1::2], strict=True)
+    return decode_snapshot(execution_id, {name.decode(): value for name, value in pairs})

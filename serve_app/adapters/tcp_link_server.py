@@ -1,0 +1,270 @@
+"""The replica's side of the token links: spends grants, feeds the engine, sends what it emits.
+
+Owns the listening socket and, per connection, the streams that run for it. Does not generate and
+does not choose: the engine and the router do. Invariant: a stream lives exactly as long as its
+connection or its generation, whichever ends first; a connection that is gone has had every one of
+its generations aborted.
+"""
+
+import asyncio
+import hmac
+import logging
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from serve_app.adapters.tcp_link_protocol import LinkProtocol
+from serve_app.adapters.tcp_link_wire import (
+    VERSION,
+    Answer,
+    Call,
+    DeltaSlot,
+    Item,
+    LinkSettings,
+    WireError,
+    answer_chunk,
+    answer_error,
+    pack_frame,
+    proof,
+    read_start,
+)
+from serve_app.core.errors import ConnectionFailedError, OverloadedError, ServeAppError
+from serve_app.core.grants import GrantLedger
+from serve_app.core.inference import Chunk, GenerationRequest, Grant, ReplicaLoad
+from serve_app.ports import Clock, Entropy, InferenceEngine
+
+ITEM_BYTES_MAX = 128  # an upper bound of what an item adds to its text and token ids
+
+logger = logging.getLogger(__name__)
+
+
+class TokenLinkServer:
+    """Serves one engine to any number of clients that know the cluster secret."""
+
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        secret: bytes,
+        replica_id: str,
+        clock: Clock,
+        entropy: Entropy,
+        settings: LinkSettings | None = None,
+    ) -> None:
+        self.engine = engine
+        self.clock = clock
+        self.entropy = entropy
+        self.settings = settings or LinkSettings()
+        self.secret = secret
+        self.connections: set[_ServerConnection] = set()
+        self._replica_id = replica_id
+        self._ledger = GrantLedger(secret, replica_id)
+        self._host = ""
+        self._port = 0
+        self._server: asyncio.Server | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+
+    @property
+    def port(self) -> int:
+        """Where it listens; 0 before `start`."""
+        return self._port
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Listen; port 0 lets the system choose."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _ServerConnection(self), host, port)
+        self._host = host
+        self._port = self._server.sockets[0].getsockname()[1]
+        self._sweep_later()
+
+    async def close(self) -> None:
+        """Stop listening, break every connection off and abort what ran for it."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+        if self._server is not None:
+            self._server.close()
+        for connection in tuple(self.connections):
+            connection.break_off("the replica stops")
+        if self._server is not None:
+            await self._server.wait_closed()
+
+    def load(self) -> ReplicaLoad:
+        """The engine's load, with this replica's name and where its link listens."""
+        return replace(
+            self.engine.load(), replica_id=self._replica_id, host=self._host, port=self._port
+        )
+
+    def spend(self, grant: Grant, request: GenerationRequest) -> None:
+        """Accept the grant for this request, once.
+
+        Raises:
+            ServeAppError: what `GrantLedger.spend` says, or the grant is for another request.
+        """
+        if grant.request_id != request.request_id:
+            raise ConnectionFailedError("the grant is for another request")
+        self._ledger.spend(grant, self.clock.now_ms())
+
+    def has_room_for_stranger(self) -> bool:
+        """Whether one more peer may try to prove itself."""
+        stranger_count = sum(not connection.is_proven for connection in self.connections)
+        return stranger_count < self.settings.strangers_max
+
+    def _sweep_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._sweep = loop.call_later(self.settings.ping_interval_s, self._sweep_silent)
+
+    def _sweep_silent(self) -> None:
+        for connection in tuple(self.connections):
+            if connection.streams and connection.silence_s() > self.settings.silence_max_s:
+                connection.break_off("the client was silent for too long")
+        self._sweep_later()
+
+
+class _ServerStream:
+    """One generation of one connection, between the engine's `emit` and the next frame."""
+
+    __slots__ = ("connection", "request_id", "slot", "stream_id")
+
+    def __init__(self, connection: "_ServerConnection", stream_id: int, request_id: str) -> None:
+        self.connection = connection
+        self.stream_id = stream_id
+        self.request_id = request_id
+        self.slot = DeltaSlot()
+
+    def emit(self, output: Chunk | Exception) -> None:
+        """Called by the engine, on the loop."""
+        self.connection.emitted(self, output)
+
+
+class _ServerConnection(LinkProtocol):
+    def __init__(self, server: TokenLinkServer) -> None:
+        super().__init__(server.clock, server.settings)
+        self.streams: dict[int, _ServerStream] = {}
+        self.is_proven = False
+        self._server = server
+        self._nonce = server.entropy.token().encode()
+        self._hello_timeout: asyncio.TimerHandle | None = None
+        self._dirty: list[_ServerStream] = []  # streams with something in their slot, in order
+        self._control: list[Item] = []  # errors and pongs; they follow the deltas of the turn
+        self._pending_bytes = 0  # an upper bound of the next frame
+
+    def opened(self) -> None:
+        if not self._server.has_room_for_stranger():
+            self.break_off("too many peers are proving themselves")
+            return
+        self._server.connections.add(self)
+        self._hello_timeout = asyncio.get_running_loop().call_later(
+            self.settings.hello_timeout_s, partial(self.break_off, "the hello took too long")
+        )
+        self.send(pack_frame([VERSION, self._nonce]))
+
+    def closed(self) -> None:
+        self._server.connections.discard(self)
+        if self._hello_timeout is not None:
+            self._hello_timeout.cancel()
+        streams, self.streams = tuple(self.streams.values()), {}
+        self._dirty.clear()
+        self._control.clear()
+        for stream in streams:
+            self._server.engine.abort(stream.request_id)
+        if streams:
+            extra = {"reason": self.reason, "aborted": len(streams)}
+            logger.info("link closed with open streams", extra=extra)
+
+    def frame_received(self, items: list[Any]) -> None:
+        if not self.is_proven:
+            self._check_hello(items)
+            return
+        for item in items:
+            self._handle(item)
+
+    def emitted(self, stream: _ServerStream, output: Chunk | Exception) -> None:
+        """Take what the engine has for a stream."""
+        if stream.stream_id not in self.streams:
+            return  # the connection is gone, and this is the answer to its abort
+        if isinstance(output, Exception):
+            del self.streams[stream.stream_id]
+            self._answer_error(stream.stream_id, output)
+            return
+        if output.finish_reason is not None:
+            del self.streams[stream.stream_id]
+        if stream.slot.is_empty:
+            self._dirty.append(stream)
+            self._pending_bytes += ITEM_BYTES_MAX
+        stream.slot.add(output)
+        self._pending_bytes += 4 * len(output.text) + 5 * len(output.token_ids)
+        self._flush_soon()
+
+    def flush(self) -> None:
+        if self.is_paused:
+            return  # deltas merge in their slots meanwhile; resume_writing calls again
+        dirty, self._dirty = self._dirty, []
+        items: list[Item] = [answer_chunk(stream.stream_id, stream.slot.take()) for stream in dirty]
+        items += self._control
+        self._control = []
+        self._pending_bytes = 0
+        if items:
+            self.send(pack_frame(items))
+
+    def _flush_soon(self) -> None:
+        if self._pending_bytes <= self.settings.pending_bytes_max:
+            self.schedule_flush()
+        elif self.is_paused:
+            self.break_off("the client reads too slowly")
+        else:
+            self.flush()
+
+    def _check_hello(self, items: list[Any]) -> None:
+        match items:
+            case [int(version), bytes(nonce), bytes(claim)] if version == VERSION:
+                wanted = proof(self._server.secret, b"client", self._nonce, nonce)
+            case _:
+                raise WireError("the hello has another layout or version")
+        if not hmac.compare_digest(wanted, claim):
+            raise WireError("the client does not know the cluster secret")
+        self.is_proven = True
+        self.trust_peer()
+        if self._hello_timeout is not None:
+            self._hello_timeout.cancel()
+        self.send(pack_frame([proof(self._server.secret, b"server", self._nonce, nonce)]))
+
+    def _handle(self, item: Item) -> None:
+        match item:
+            case [Call.START, *_]:
+                self._start(item)
+            case [Call.CANCEL, stream_id]:
+                if (stream := self.streams.get(stream_id)) is not None:
+                    self._server.engine.abort(stream.request_id)
+            case [Call.PING]:
+                self._answer([Answer.PONG])
+            case _:
+                raise WireError("an item of an unknown kind")
+
+    def _start(self, item: Item) -> None:
+        stream_id, grant, request = read_start(item)
+        if stream_id in self.streams:
+            raise WireError("a stream id is in use")
+        try:
+            self._check_room()
+            self._server.spend(grant, request)
+            stream = _ServerStream(self, stream_id, request.request_id)
+            self.streams[stream_id] = stream
+            self._server.engine.submit(request, stream.emit)
+        except Exception as error:  # noqa: BLE001 - one request's failure must not break the others' link
+            self.streams.pop(stream_id, None)
+            self._answer_error(stream_id, error)
+
+    def _check_room(self) -> None:
+        if len(self.streams) >= self.settings.streams_max:
+            raise OverloadedError("too many streams on one link")
+
+    def _answer_error(self, stream_id: int, error: Exception) -> None:
+        if not isinstance(error, ServeAppError):
+            logger.error("generation failed", exc_info=error)
+            error = ServeAppError("the engine failed on this request")
+        self._answer(answer_error(stream_id, error))
+
+    def _answer(self, item: Item) -> None:
+        self._control.append(item)
+        message_length = len(item[-1]) if isinstance(item[-1], str) else 0
+        self._pending_bytes += ITEM_BYTES_MAX + 4 * message_length
+        self._flush_soon()

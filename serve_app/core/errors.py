@@ -1,0 +1,211 @@
+"""Every error a caller can meet: one stable code each, no HTTP.
+
+Owns the codes and the error tree. Does not own statuses or bodies: `ingress/errors.py` maps a
+code to HTTP, each compat surface to its own shape. Invariant: all arguments of an error go to
+`super().__init__`, or it does not survive pickling between actors; dispatch on `code`, never on
+the type, because Ray rebuilds a foreign error under a synthesised class.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class ErrorCode(StrEnum):
+    """Stable, public, upper snake case."""
+
+    MALFORMED_JSON = "MALFORMED_JSON"
+    BODY_TOO_LARGE = "BODY_TOO_LARGE"
+    INVALID_REQUEST = "INVALID_REQUEST"
+    INVALID_INPUT = "INVALID_INPUT"
+    INVALID_WORKFLOW = "INVALID_WORKFLOW"
+    INVALID_CURSOR = "INVALID_CURSOR"
+    UNAUTHORIZED = "UNAUTHORIZED"
+    FORBIDDEN = "FORBIDDEN"
+    NOT_FOUND = "NOT_FOUND"
+    METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
+    UNKNOWN_WORKFLOW = "UNKNOWN_WORKFLOW"
+    UNKNOWN_EXECUTION = "UNKNOWN_EXECUTION"
+    ALREADY_TERMINAL = "ALREADY_TERMINAL"
+    IDEMPOTENCY_CONFLICT = "IDEMPOTENCY_CONFLICT"
+    RATE_LIMIT_EXCEEDED = "RATE_LIMIT_EXCEEDED"
+    OVERLOADED = "OVERLOADED"
+    STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
+    MODEL_NOT_AVAILABLE = "MODEL_NOT_AVAILABLE"
+    NO_HOSTS_AVAILABLE = "NO_HOSTS_AVAILABLE"
+    INVALID_PROMPT = "INVALID_PROMPT"
+    CONNECTION_FAILED = "CONNECTION_FAILED"
+    STEP_FAILED = "STEP_FAILED"
+    TIMEOUT = "TIMEOUT"
+    CANCELLED = "CANCELLED"
+    STALE_LEASE = "STALE_LEASE"
+    ILLEGAL_TRANSITION = "ILLEGAL_TRANSITION"
+    INTERNAL = "INTERNAL"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with one place of a document; `loc` is keys and indexes from its root."""
+
+    loc: tuple[str | int, ...]
+    msg: str
+
+
+class ServeAppError(Exception):
+    """Root of the tree. `str(error)` is fit for the caller; it never holds a secret."""
+
+    code = ErrorCode.INTERNAL
+
+
+class MalformedJsonError(ServeAppError):
+    """The body is not JSON as RFC 8259 has it, or nests deeper than the limit."""
+
+    code = ErrorCode.MALFORMED_JSON
+
+
+class BodyTooLargeError(ServeAppError):
+    """The body is larger than the limit."""
+
+    code = ErrorCode.BODY_TOO_LARGE
+
+
+class InvalidRequestError(ServeAppError):
+    """The request has the wrong shape; `problems` says where."""
+
+    code = ErrorCode.INVALID_REQUEST
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message, tuple(problems))
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Where and what, in document order."""
+        return tuple(self.args[1])
+
+
+class InvalidInputError(InvalidRequestError):
+    """The input does not satisfy the workflow's input schema."""
+
+    code = ErrorCode.INVALID_INPUT
+
+
+class InvalidWorkflowError(InvalidRequestError):
+    """The definition cannot be accepted."""
+
+    code = ErrorCode.INVALID_WORKFLOW
+
+
+class InvalidCursorError(ServeAppError):
+    """A cursor that is no cursor."""
+
+    code = ErrorCode.INVALID_CURSOR
+
+
+class UnauthorizedError(ServeAppError):
+    """No key, or one that is not known."""
+
+    code = ErrorCode.UNAUTHORIZED
+
+
+class ForbiddenError(ServeAppError):
+    """A known key without the right scope or workspace."""
+
+    code = ErrorCode.FORBIDDEN
+
+
+class UnknownWorkflowError(ServeAppError):
+    """No workflow of this id is visible in the workspace."""
+
+    code = ErrorCode.UNKNOWN_WORKFLOW
+
+
+class UnknownExecutionError(ServeAppError):
+    """No execution of this id in the workspace."""
+
+    code = ErrorCode.UNKNOWN_EXECUTION
+
+
+class AlreadyTerminalError(ServeAppError):
+    """The execution has ended; nothing can be asked of it."""
+
+    code = ErrorCode.ALREADY_TERMINAL
+
+
+class IdempotencyConflictError(ServeAppError):
+    """The same Idempotency-Key came with another body."""
+
+    code = ErrorCode.IDEMPOTENCY_CONFLICT
+
+
+class OverloadedError(ServeAppError):
+    """Admission refused: a queue bound is reached. Nothing was accepted."""
+
+    code = ErrorCode.OVERLOADED
+
+
+class StoreUnavailableError(ServeAppError):
+    """The store cannot be reached, so nothing can be made durable."""
+
+    code = ErrorCode.STORE_UNAVAILABLE
+
+
+class ModelNotAvailableError(ServeAppError):
+    """No such model is configured; the message lists those that are."""
+
+    code = ErrorCode.MODEL_NOT_AVAILABLE
+
+
+class NoHostsAvailableError(ServeAppError):
+    """The model is configured, but no replica can take the request now."""
+
+    code = ErrorCode.NO_HOSTS_AVAILABLE
+
+
+class InvalidPromptError(ServeAppError):
+    """The prompt is empty, too long, or asks for what the engine cannot do."""
+
+    code = ErrorCode.INVALID_PROMPT
+
+
+class ConnectionFailedError(ServeAppError):
+    """The link to a replica broke, or the replica died, with the request on it."""
+
+    code = ErrorCode.CONNECTION_FAILED
+
+
+class StepFailedError(ServeAppError):
+    """A step ended in an error. `retryable` says whether another attempt may help."""
+
+    code = ErrorCode.STEP_FAILED
+
+    def __init__(self, message: str, retryable: bool = True) -> None:  # noqa: FBT001, FBT002 - positional, so that it pickles
+        super().__init__(message, retryable)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the retry policy applies."""
+        return bool(self.args[1])
+
+
+class DeadlineExceededError(ServeAppError):
+    """The deadline passed before the work was done."""
+
+    code = ErrorCode.TIMEOUT
+
+
+class StaleLeaseError(ServeAppError):
+    """Another worker owns the execution now; the holder of the old token must stop."""
+
+    code = ErrorCode.STALE_LEASE
+
+
+class IllegalTransitionError(ServeAppError):
+    """An event that cannot follow the present status: a bug in whoever decided it."""
+
+    code = ErrorCode.ILLEGAL_TRANSITION

@@ -1,0 +1,146 @@
+"""The engine-neutral vocabulary of generation: request, chunk, usage, why it ended.
+
+Owns the plain values that travel between caller, router and replica. Does not know vLLM, links or
+HTTP. Invariant: every value here is made of plain, msgpack-able members, because it crosses hosts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+JsonValue: TypeAlias = (
+    "None | bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue]"
+)
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as the engine counted them; `cached` prompt tokens were not computed again."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What to generate, under vLLM's names for the sampling settings.
+
+    Args:
+        request_id: unique per call; abort names it.
+        model: an id of `/v1/models`; empty for the default model.
+        messages: the chat so far, one or more, put through the model's chat template.
+        max_tokens: 1 or more; None: up to the context length.
+        temperature: 0 is greedy.
+        output_schema: a JSON Schema that the whole answer must satisfy; None for free text.
+        deadline_ms: Unix epoch; past it the engine aborts. None: no deadline.
+        priority: lower runs first (vLLM's rule).
+    """
+
+    request_id: str
+    messages: tuple[Message, ...]
+    model: str = ""
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    output_schema: Mapping[str, JsonValue] | None = None
+    deadline_ms: int | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What arrived since the last chunk of the same answer.
+
+    Args:
+        text: the text delta; may be empty on the last chunk.
+        token_ids: the ids behind the delta.
+        finish_reason: set on the last chunk only.
+        usage: set on the last chunk only.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """A replica's own report: what it serves, where, and how busy it is.
+
+    Args:
+        host, port: where its link listens.
+        queued_tokens: prompt and expected completion tokens of requests not yet finished.
+        running_count: requests inside the engine.
+        kv_usage: used part of the KV cache, 0 to 1.
+        step_count: engine steps so far; it must advance while `running_count` > 0.
+    """
+
+    replica_id: str
+    models: tuple[str, ...]
+    host: str
+    port: int
+    queued_tokens: int = 0
+    running_count: int = 0
+    kv_usage: float = 0.0
+    step_count: int = 0
+    context_max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitRequest:
+    """What the router needs to know to choose a replica: no prompt text, only sizes."""
+
+    request_id: str
+    model: str
+    token_count: int
+    excluded: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The right to run one request on one replica: signed, single-use, short-lived.
+
+    Args:
+        expires_at_ms: Unix epoch; the replica refuses it afterwards.
+        signature: hex HMAC-SHA256 over the other members, keyed with the cluster secret.
+    """
+
+    request_id: str
+    replica_id: str
+    host: str
+    port: int
+    expires_at_ms: int
+    signature: str

@@ -1,0 +1,68 @@
+"""Errors as RFC 9457 problems: the one table from code to HTTP status.
+
+Owns the status of every code and the native error body. Invariant: the table is total (a test
+says so), and nothing of a stack trace leaves the process.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import orjson
+from starlette.responses import Response
+
+from serve_app.core.errors import ErrorCode, InvalidRequestError, ServeAppError
+
+STATUS: Mapping[ErrorCode, int] = MappingProxyType(
+    {
+        ErrorCode.MALFORMED_JSON: 400,
+        ErrorCode.INVALID_CURSOR: 400,
+        ErrorCode.INVALID_PROMPT: 400,
+        ErrorCode.UNAUTHORIZED: 401,
+        ErrorCode.FORBIDDEN: 403,
+        ErrorCode.NOT_FOUND: 404,
+        ErrorCode.UNKNOWN_WORKFLOW: 404,
+        ErrorCode.UNKNOWN_EXECUTION: 404,
+        ErrorCode.MODEL_NOT_AVAILABLE: 404,
+        ErrorCode.METHOD_NOT_ALLOWED: 405,
+        ErrorCode.ALREADY_TERMINAL: 409,
+        ErrorCode.IDEMPOTENCY_CONFLICT: 409,
+        ErrorCode.STALE_LEASE: 409,
+        ErrorCode.BODY_TOO_LARGE: 413,
+        ErrorCode.INVALID_REQUEST: 422,
+        ErrorCode.INVALID_INPUT: 422,
+        ErrorCode.INVALID_WORKFLOW: 422,
+        ErrorCode.RATE_LIMIT_EXCEEDED: 429,
+        ErrorCode.STEP_FAILED: 500,
+        ErrorCode.CANCELLED: 500,
+        ErrorCode.ILLEGAL_TRANSITION: 500,
+        ErrorCode.INTERNAL: 500,
+        ErrorCode.CONNECTION_FAILED: 502,
+        ErrorCode.OVERLOADED: 503,
+        ErrorCode.STORE_UNAVAILABLE: 503,
+        ErrorCode.NO_HOSTS_AVAILABLE: 503,
+        ErrorCode.TIMEOUT: 504,
+    }
+)
+RETRY_AFTER_S = 1  # with 429 and 503: the queues here drain in seconds
+_PROBLEMS_SHOWN_MAX = 50
+
+
+def problem_response(error: ServeAppError, request_id: str) -> Response:
+    """The native error answer."""
+    code = ErrorCode(error.code)
+    status = STATUS[code]
+    body: dict[str, object] = {
+        "type": f"urn:inferpipe:error:{code.lower().replace('_', '-')}",
+        "title": code.replace("_", " ").capitalize(),
+        "status": status,
+        "detail": str(error),
+        "code": code,
+        "requestId": request_id,
+    }
+    if isinstance(error, InvalidRequestError):
+        shown = error.problems[:_PROBLEMS_SHOWN_MAX]
+        body["errors"] = [{"loc": list(problem.loc), "msg": problem.msg} for problem in shown]
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    if code is ErrorCode.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(orjson.dumps(body), status, headers, "application/problem+json")

@@ -1,0 +1,296 @@
+"""`/v1/execute*` and `/v1/executions/*`: start, look, follow, cancel.
+
+Owns the translation between the wire and `services.executions`, and what a caller's going away
+means. Invariant: a stream holds a cursor and no queue; a caller that leaves `POST /v1/execute`
+without an Idempotency-Key cancels the work down to the engine.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack
+
+import orjson
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from inferpipe.wire import ExecuteRequest, ExecutionInfo, ExecutionRecord, ExecutionResult, Problem
+from serve_app.core.auth import Scope
+from serve_app.core.errors import (
+    AlreadyTerminalError,
+    InvalidCursorError,
+    InvalidRequestError,
+    UnknownWorkflowError,
+)
+from serve_app.core.execution import Execution
+from serve_app.core.retry import Backoff, RetryPolicy
+from serve_app.ingress.app import Services
+from serve_app.ingress.bodies import parse_json, read_body, validate
+from serve_app.ingress.views import (
+    KEEP_ALIVE,
+    record_view,
+    render_gap,
+    result_view,
+)
+from serve_app.services.executions import Started, Submission
+from serve_app.services.feeds import Feed
+
+router = APIRouter(prefix="/v1", tags=["executions"])
+
+_KEY_MAX = 255
+_SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_ERRORS: dict[int | str, dict[str, object]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        400: "Not JSON, or not a cursor",
+        401: "No key, or an unknown one",
+        403: "The key may not do this",
+        404: "No such workflow or execution in this workspace",
+        409: "It has ended, or the Idempotency-Key came with another body",
+        413: "The body is too large",
+        422: "The body or the input has the wrong shape",
+        503: "A queue is full, or the store is out of reach; see Retry-After",
+    }.items()
+}
+_EXECUTE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": ExecuteRequest.model_json_schema(
+                    by_alias=True, ref_template="#/components/schemas/{model}"
+                ),
+                "example": {"workflowId": "test-echo", "input": {"message": "hello world"}},
+            }
+        },
+    }
+}
+
+
+@router.post(
+    "/execute",
+    response_model=ExecutionResult,
+    responses=_ERRORS,
+    openapi_extra=_EXECUTE_BODY,
+    summary="Run a workflow and wait for its result",
+)
+async def execute(request: Request) -> Response:
+    """Answer with the result, in whatever terminal state."""
+    services = _services(request)
+    submission = await _submission(request, services)
+    async with services.executions.start_and_follow(submission) as (started, feed):
+        ended = await _unless_gone(request, feed.ended())
+        if ended is None:
+            if submission.idempotency_key is None:
+                await _cancel_quietly(services, submission.workspace, started.execution.id)
+            return Response(status_code=499)  # nobody reads it; the access log does
+    return _json(result_view(ended), headers=_started_headers(started))
+
+
+@router.post(
+    "/execute/async",
+    status_code=202,
+    response_model=ExecutionInfo,
+    responses=_ERRORS,
+    openapi_extra=_EXECUTE_BODY,
+    summary="Start a workflow and return its id",
+)
+async def execute_async(request: Request) -> Response:
+    """Answer as soon as the execution is durable."""
+    services = _services(request)
+    started = await services.executions.start(await _submission(request, services))
+    info = {"id": started.execution.id, "status": started.execution.status}
+    return _json(info, 202, _started_headers(started))
+
+
+@router.post(
+    "/execute/stream",
+    response_class=StreamingResponse,
+    responses=_ERRORS,
+    openapi_extra=_EXECUTE_BODY,
+    summary="Run a workflow and stream its events",
+)
+async def execute_stream(request: Request) -> Response:
+    """Stream from the first event; leaving does not cancel."""
+    services = _services(request)
+    submission = await _submission(request, services)
+    stack = AsyncExitStack()
+    started, feed = await stack.enter_async_context(
+        services.executions.start_and_follow(submission)
+    )
+    return _stream(services, stack, feed, 0, _started_headers(started))
+
+
+@router.get(
+    "/executions/{execution_id}",
+    response_model=ExecutionRecord,
+    responses=_ERRORS,
+    summary="The full record of an execution",
+)
+async def get_execution(request: Request, execution_id: str) -> Response:
+    """Status, steps and result."""
+    services = _services(request)
+    principal = await services.authenticator.principal(request, Scope.READ)
+    execution = await services.executions.load(principal.workspace, execution_id)
+    created = execution.created
+    try:
+        workflow = await services.catalog.version(
+            created.workspace, created.workflow_id, created.workflow_version
+        )
+    except UnknownWorkflowError:
+        workflow = None  # its definition was deleted; the record stays readable
+    return _json(record_view(execution, workflow))
+
+
+@router.get(
+    "/executions/{execution_id}/stream",
+    response_class=StreamingResponse,
+    responses={**_ERRORS, 204: {"description": "Ended before this cursor: do not reconnect"}},
+    summary="Follow an execution from the start or from a cursor",
+)
+async def stream_execution(request: Request, execution_id: str) -> Response:
+    """Resume with `Last-Event-ID` or `?after=`; the header wins."""
+    services = _services(request)
+    principal = await services.authenticator.principal(request, Scope.READ)
+    cursor = _cursor(request)
+    async with AsyncExitStack() as stack:
+        feed = await stack.enter_async_context(
+            services.executions.follow(principal.workspace, execution_id)
+        )
+        if feed.execution.is_terminal and cursor == feed.execution.seq:
+            return Response(status_code=204)
+        return _stream(services, stack.pop_all(), feed, cursor, {"X-Execution-Id": execution_id})
+
+
+@router.post(
+    "/executions/{execution_id}/cancel",
+    status_code=202,
+    response_model=ExecutionInfo,
+    responses=_ERRORS,
+    summary="Stop an execution, down to the engine",
+)
+async def cancel_execution(request: Request, execution_id: str) -> Response:
+    """Ask for the end; it is there within 2 s."""
+    services = _services(request)
+    principal = await services.authenticator.principal(request, Scope.EXECUTE)
+    reason = "cancelled by the caller"
+    execution = await services.executions.cancel(principal.workspace, execution_id, reason)
+    return _json({"id": execution.id, "status": execution.status}, 202)
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+async def _submission(request: Request, services: Services) -> Submission:
+    principal = await services.authenticator.principal(request, Scope.EXECUTE)
+    settings = services.settings
+    body = await read_body(request, settings.body_max_bytes)
+    value = parse_json(body, settings.json_depth_max)
+    wish = validate(ExecuteRequest, value)
+    key = _idempotency_key(request)
+    retry = wish.retry_config
+    return Submission(
+        workspace=principal.workspace,
+        workflow_id=wish.workflow_id,
+        input=wish.input,
+        timeout_ms=wish.timeout,
+        retry=None
+        if retry is None
+        else RetryPolicy(
+            attempts=retry.attempts,
+            backoff=Backoff(retry.backoff),
+            max_delay_ms=retry.max_delay,
+        ),
+        metadata=wish.metadata or {},
+        user_id=wish.user_id,
+        priority=wish.priority or 0,
+        idempotency_key=key,
+        idempotency_scope=request.url.path,
+        request_hash=None if key is None else _hash(value),
+    )
+
+
+def _idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 0 < len(key) <= _KEY_MAX:
+        raise InvalidRequestError(f"Idempotency-Key takes 1 to {_KEY_MAX} characters")
+    return key
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _cursor(request: Request) -> int:
+    text = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
+    if not (text.isascii() and text.isdigit() and len(text) < 16):  # noqa: PLR2004 - exact in JSON
+        raise InvalidCursorError(f"{text[:40]!r} is no cursor: send the id of the last event seen")
+    return int(text)
+
+
+def _stream(
+    services: Services, stack: AsyncExitStack, feed: Feed, cursor: int, headers: dict[str, str]
+) -> Response:
+    async def frames() -> AsyncIterator[bytes]:
+        async with stack:
+            position = cursor
+            if cursor > feed.execution.seq:
+                # Nothing was ever there: say so, and go on where the journal ends.
+                last = feed.execution.seq
+                position = last - feed.execution.is_terminal
+                yield render_gap(cursor, last, feed.execution, services.clock.now_ms())
+            while True:
+                try:
+                    async with asyncio.timeout(services.settings.keep_alive_s):
+                        batch = await services.feeds.next_frames(feed, position)
+                except TimeoutError:
+                    yield KEEP_ALIVE
+                    continue
+                if not batch:
+                    return
+                position = batch[-1][0]
+                shown = b"".join(frame for _, frame in batch if frame is not None)
+                if shown:
+                    yield shown
+
+    return StreamingResponse(frames(), 200, {**_SSE_HEADERS, **headers}, "text/event-stream")
+
+
+async def _unless_gone(request: Request, work: Awaitable[Execution]) -> Execution | None:
+    """The work's result; None when the caller has gone away before."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _cancel_quietly(services: Services, workspace: str, execution_id: str) -> None:
+    try:
+        await services.executions.cancel(workspace, execution_id, "the caller went away")
+    except AlreadyTerminalError:
+        return  # it ended in the same moment: there is nothing left to stop
+
+
+def _started_headers(started: Started) -> dict[str, str]:
+    headers = {"X-Execution-Id": started.execution.id}
+    if not started.is_new:
+        headers["Idempotency-Replayed"] = "true"
+    return headers
+
+
+def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), status, headers, "application/json")
+
+

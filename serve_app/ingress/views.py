@@ -1,0 +1,154 @@
+"""Executions as clients see them: results, records and stream events of the native API.
+
+Owns the public names and shapes (`api.md`, section 1). Changes no state. Invariant: a public event
+carries `executionId` and `timestamp`, and its SSE id is its place in the journal.
+"""
+
+from datetime import UTC, datetime
+
+import orjson
+
+from inferpipe.wire import encode_sse
+from serve_app.core.decisions import progress_percent
+from serve_app.core.execution import (
+    KIND_OF,
+    ChunkEmitted,
+    Event,
+    Execution,
+    ExecutionCancelled,
+    ExecutionCompleted,
+    ExecutionFailed,
+    ExecutionStarted,
+    StepCompleted,
+    StepRetrying,
+    StepStarted,
+    StepState,
+)
+from serve_app.core.inference import Usage
+from serve_app.core.journal import StoredEvent
+from serve_app.core.workflow import Workflow
+
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def timestamp(at_ms: int) -> str:
+    """RFC 3339 in UTC, milliseconds."""
+    moment = datetime.fromtimestamp(at_ms / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def result_view(execution: Execution) -> dict[str, object]:
+    """`ExecutionResult`."""
+    created = execution.created
+    return {
+        "id": execution.id,
+        "status": execution.status,
+        "data": execution.data,
+        "error": execution.error,
+        "errorCode": execution.error_code,
+        "metadata": created.metadata,
+        "usage": usage_view(execution.usage),
+        "timing": _timing(execution),
+        "attempts": execution.attempt,
+        "workflowId": created.workflow_id,
+        "workflowVersion": created.workflow_version,
+        "cached": False,
+    }
+
+
+def record_view(execution: Execution, workflow: Workflow | None) -> dict[str, object]:
+    """The full record of `GET /v1/executions/{id}`."""
+    types = {} if workflow is None else {step.id: step.type for step in workflow.steps}
+    order = {step_id: index for index, step_id in enumerate(types)}
+    steps = sorted(execution.steps.items(), key=lambda item: order.get(item[0], len(order)))
+    return {
+        **result_view(execution),
+        "progress": progress_percent(execution, workflow),
+        "retryOf": execution.created.retry_of,
+        "userId": execution.created.user_id,
+        "createdAt": timestamp(execution.created.at_ms),
+        "startedAt": _optional(execution.started_at_ms),
+        "completedAt": _optional(execution.completed_at_ms),
+        "steps": [_step_view(step_id, types.get(step_id), step) for step_id, step in steps],
+    }
+
+
+def usage_view(usage: Usage) -> dict[str, int]:
+    """Token counts under their public names."""
+    return {
+        "promptTokens": usage.prompt_tokens,
+        "completionTokens": usage.completion_tokens,
+        "totalTokens": usage.total_tokens,
+    }
+
+
+def render_sse(stored: StoredEvent, execution: Execution) -> bytes | None:
+    """One event as SSE bytes; None for what is not shown to clients.
+
+    Args:
+        execution: the state after the event.
+    """
+    shown = _shown(stored.event, execution)
+    if shown is None:
+        return None
+    shown["executionId"] = execution.id
+    shown["timestamp"] = timestamp(stored.event.at_ms)
+    return encode_sse(KIND_OF[type(stored.event)], orjson.dumps(shown), stored.seq)
+
+
+def render_gap(requested: int, last_seq: int, execution: Execution, now_ms: int) -> bytes:
+    """The event that tells a reader that its cursor is not to be had."""
+    data = {
+        "requested": requested,
+        "last": last_seq,
+        "executionId": execution.id,
+        "timestamp": timestamp(now_ms),
+    }
+    return encode_sse("gap", orjson.dumps(data), None)
+
+
+def _shown(event: Event, execution: Execution) -> dict[str, object] | None:
+    match event:
+        case ChunkEmitted(text=text, step_id=step_id):
+            return {"data": text, "step": step_id}
+        case ExecutionStarted():
+            return {"workflowId": execution.created.workflow_id}
+        case StepStarted(step_id=step_id, attempt=attempt):
+            return {"step": step_id, "attempt": attempt}
+        case StepRetrying(step_id=step_id, attempt=attempt, error=error, wake_at_ms=wake_at_ms):
+            retry_at = timestamp(wake_at_ms)
+            return {"step": step_id, "attempt": attempt, "error": error, "retryAt": retry_at}
+        case StepCompleted(step_id=step_id, output=output, usage=usage):
+            return {"step": step_id, "output": output, "usage": usage_view(usage)}
+        case ExecutionCompleted() | ExecutionFailed() | ExecutionCancelled():
+            return result_view(execution)
+        case _:
+            return None
+
+
+def _step_view(step_id: str, kind: str | None, step: StepState) -> dict[str, object]:
+    return {
+        "id": step_id,
+        "type": kind,
+        "status": step.status,
+        "attempts": step.attempt,
+        "startedAt": timestamp(step.started_at_ms),
+        "completedAt": _optional(step.completed_at_ms),
+        "output": step.output,
+        "error": step.error,
+        "usage": usage_view(step.usage),
+    }
+
+
+def _timing(execution: Execution) -> dict[str, int | None]:
+    created_ms = execution.created.at_ms
+    started_ms, ended_ms = execution.started_at_ms, execution.completed_at_ms
+    return {
+        "queuedMs": None if started_ms is None else max(0, started_ms - created_ms),
+        "runMs": None if ended_ms is None or started_ms is None else max(0, ended_ms - started_ms),
+        "totalMs": None if ended_ms is None else max(0, ended_ms - created_ms),
+    }
+
+
+def _optional(at_ms: int | None) -> str | None:
+    return None if at_ms is None else timestamp(at_ms)

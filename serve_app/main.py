@@ -1,0 +1,43 @@
+"""The composition root: settings in, bound Serve application out. The only place that knows all.
+
+Owns the graph of deployments. `serve run serve_app.main:build_app` and `cluster.yaml` come in
+here; `inferpipe up` too.
+"""
+
+from ray.serve import Application
+
+from deployments.ingress import Ingress
+from deployments.model_replica import ModelReplica
+from deployments.router import RouterDeployment
+from deployments.workflow_executor import WorkflowExecutor
+from serve_app.settings import Settings
+
+APP_NAME = "inferpipe"
+
+
+def build_app(settings: Settings) -> Application:
+    """The application.
+
+    Args:
+        settings: with `redis_url`, `cluster_secret`, `api_key` and the model resolved; Serve
+            passes the `args` of a config file through this type.
+
+    Raises:
+        ValueError: one of these is missing.
+    """
+    for name in ("redis_url", "cluster_secret", "api_key"):
+        if not getattr(settings, name).get_secret_value():
+            raise ValueError(f"INFERPIPE_{name.upper()} must be set where `inferpipe up` does not")
+    router = RouterDeployment.bind(settings)
+    executor = WorkflowExecutor.options(num_replicas=settings.executor_replicas).bind(
+        settings, router
+    )
+    deployed = [executor]
+    if settings.model_replicas:
+        # First in the list: the engine takes longest to start.
+        engine = ModelReplica.options(num_replicas=settings.model_replicas).bind(settings)
+        deployed.insert(0, engine)
+    ingress = Ingress.options(
+        num_replicas=settings.ingress_replicas, max_ongoing_requests=settings.requests_max
+    )
+    return ingress.bind(settings, router, tuple(deployed))

@@ -1,0 +1,321 @@
+"""The outside world on one page: what the services need, and who must provide it.
+
+Owns the protocols only. Their implementations stand in `adapters/`, one file per technology and
+port; tests have their own. Invariant: a port speaks core's values, never a library's.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve_app.core.auth import Principal
+from serve_app.core.errors import Problem
+from serve_app.core.execution import Execution, ExecutionCreated
+from serve_app.core.inference import (
+    AdmitRequest,
+    Chunk,
+    GenerationRequest,
+    Grant,
+    JsonValue,
+    ReplicaLoad,
+    Usage,
+)
+from serve_app.core.journal import (
+    Commit,
+    CommitAnswer,
+    Heartbeat,
+    Notice,
+    Outgoing,
+    Owned,
+    StoredEvent,
+)
+from serve_app.core.routing import ReplicaReport
+from serve_app.core.workflow import Workflow
+
+
+class Clock(Protocol):
+    """Time comes in by this door alone."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since the Unix epoch."""
+        ...
+
+    def monotonic_s(self) -> float:
+        """Seconds of a clock that never goes back."""
+        ...
+
+    async def sleep(self, delay_s: float) -> None:
+        """Wait."""
+        ...
+
+
+class Entropy(Protocol):
+    """Chance comes in by this door alone."""
+
+    def uniform(self) -> float:
+        """A number in [0, 1)."""
+        ...
+
+    def token(self) -> str:
+        """22 URL-safe characters that nobody can guess (128 bits)."""
+        ...
+
+
+class InferenceEngine(Protocol):
+    """One model engine inside a replica. All methods run on the replica's event loop."""
+
+    def submit(self, request: GenerationRequest, emit: Callable[[Chunk | Exception], None]) -> None:
+        """Start a generation and return at once.
+
+        `emit` is called on the loop, once per engine step that had something for this request;
+        the last call carries a chunk with `finish_reason`, or a `ServeAppError`.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Stop a generation; `emit` gets one last chunk, `cancelled`, with the usage so far."""
+        ...
+
+    def load(self) -> ReplicaLoad:
+        """The present load."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raise when the engine is dead or does not advance."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop the engine and its processes."""
+        ...
+
+
+class Admission(Protocol):
+    """The router, as its callers see it."""
+
+    async def admit(self, request: AdmitRequest) -> Grant:
+        """Choose a replica.
+
+        Raises:
+            ModelNotAvailableError: no replica serves this model.
+            NoHostsAvailableError: none of those that serve it can take the request now.
+        """
+        ...
+
+
+class TokenLink(Protocol):
+    """Requests go out and token chunks come back, straight between caller and replica."""
+
+    def generate(self, grant: Grant, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """Stream the answer; closing the iterator aborts the generation at the replica.
+
+        Deltas that arrived while the consumer was busy come merged as one chunk.
+
+        Raises:
+            ConnectionFailedError: the link broke before the last chunk.
+            ServeAppError: what the engine answered.
+        """
+        ...
+
+
+class Expressions(Protocol):
+    """The expression language of definitions (CEL)."""
+
+    def check(self, text: str) -> str | None:
+        """Why the text is no expression, or None."""
+        ...
+
+    def evaluate(self, text: str, scope: Mapping[str, object]) -> object:
+        """The value, as JSON-like Python values.
+
+        Raises:
+            StepFailedError: not retryable: a missing key, a wrong type, too costly.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """`is_new` is false when the id was there before; `execution` is then the present state."""
+
+    is_new: bool
+    execution: Execution
+
+
+class Schemas(Protocol):
+    """JSON Schema, draft 2020-12."""
+
+    def check(self, schema: object) -> str | None:
+        """Why it is no schema that can be used, or None."""
+        ...
+
+    def problems(self, schema: object, value: object) -> tuple[Problem, ...]:
+        """All that is wrong with a value, bounded, by place."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """One attempt of a step, as its type sees it.
+
+    Args:
+        settings: the step's settings with every expression evaluated.
+        input: the execution's input.
+        idempotency_key: the same for every run of this attempt, whichever worker runs it.
+        deadline_ms: the execution's, Unix epoch.
+        emit: takes a text delta and the token ids behind it; never blocks.
+        report_usage: takes the attempt's usage so far; counted however the attempt ends.
+    """
+
+    execution_id: str
+    step_id: str
+    attempt: int
+    settings: JsonValue
+    input: JsonValue
+    idempotency_key: str
+    deadline_ms: int | None
+    priority: int
+    emit: Callable[[str, tuple[int, ...]], None]
+    report_usage: Callable[[Usage], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StepType:
+    """A kind of step: how its settings are checked, and how it runs.
+
+    Exactly one of the two is set. `compute` is pure and quick: it runs inside the decision and
+    shares its commit. `run` has effects: its start is durable before it is called.
+    """
+
+    check: Callable[[JsonValue], Sequence[Problem]]
+    compute: Callable[[StepCall], JsonValue] | None = None
+    run: Callable[[StepCall], Awaitable[JsonValue]] | None = None
+
+
+class ExecutionStore(Protocol):
+    """Journals and snapshots, durable when a call returns.
+
+    Every call may be repeated after a lost answer without harm. All raise StoreUnavailableError
+    when the store stays out of reach.
+    """
+
+    @property
+    def partition_count(self) -> int:
+        """Fixed per cluster."""
+        ...
+
+    async def create(
+        self, execution_id: str, created: ExecutionCreated, commit_id: str, watcher: str
+    ) -> Accepted:
+        """Accept an execution, hand it to a worker, and tell `watcher` of its events.
+
+        Raises:
+            OverloadedError: the partition's ready queue is full.
+        """
+        ...
+
+    async def commit(self, commit: Commit) -> CommitAnswer:
+        """Append one transition atomically."""
+        ...
+
+    async def load(self, execution_id: str) -> Execution | None:
+        """The present state."""
+        ...
+
+    async def read(self, execution_id: str, after: int, limit: int) -> Sequence[StoredEvent]:
+        """Events with a sequence number above `after`, in order, at most `limit`."""
+        ...
+
+    async def watch(self, execution_id: str, watcher: str) -> Execution | None:
+        """Be told of all events after the state returned."""
+        ...
+
+    async def live_workers(self) -> int:
+        """Workers whose lease has not run out."""
+        ...
+
+    async def last_seqs(self, execution_ids: Collection[str]) -> Mapping[str, int]:
+        """The last sequence numbers; ids that are gone are left out."""
+        ...
+
+
+class WorkerStore(ExecutionStore, Protocol):
+    """What an executor needs beyond a reader."""
+
+    async def heartbeat(
+        self, partition: int, worker_id: str, lease_ttl_ms: int, capacity: int
+    ) -> Heartbeat:
+        """Renew the lease; fire due timers; reassign what dead workers owned."""
+        ...
+
+    async def claim(self, partition: int, worker_id: str, limit: int) -> Sequence[Owned]:
+        """Own up to `limit` executions of the ready queue."""
+        ...
+
+    async def owned(self, partition: int, worker_id: str) -> Sequence[Owned]:
+        """All that the worker owns here."""
+        ...
+
+    async def reap(self, partition: int, worker_id: str) -> int:
+        """Take everything from a worker and hand it on; how many. A living one loses its fence."""
+        ...
+
+    async def relay(self, partition: int, limit: int) -> int:
+        """Deliver up to `limit` outgoing messages of a partition; how many."""
+        ...
+
+    async def send(self, outgoing: Outgoing) -> bool:
+        """Apply one message at its target; whether it was new there."""
+        ...
+
+
+class Bells(Protocol):
+    """Hints that something was appended. They may be lost: read after each Resubscribed."""
+
+    def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Notice]]:
+        """Notices from the moment the context is entered."""
+        ...
+
+
+class WorkflowCatalog(Protocol):
+    """Definitions, by immutable version."""
+
+    async def latest(self, workspace: str, workflow_id: str) -> tuple[int, Workflow]:
+        """The version that a new execution runs.
+
+        Raises:
+            UnknownWorkflowError: there is none of this id.
+        """
+        ...
+
+    async def version(self, workspace: str, workflow_id: str, version: int) -> Workflow:
+        """The version an execution was accepted with."""
+        ...
+
+
+class ReplicaRegistry(Protocol):
+    """What the model replicas say of themselves."""
+
+    async def announce(self, report: ReplicaReport) -> None:
+        """Publish a report and keep it as the replica's last."""
+        ...
+
+    async def withdraw(self, replica_id: str) -> None:
+        """Forget a replica that stops."""
+        ...
+
+    async def latest(self) -> tuple[ReplicaReport, ...]:
+        """The last report of each replica, oldest first."""
+        ...
+
+    def reports(self) -> AbstractAsyncContextManager[AsyncIterator[ReplicaReport]]:
+        """Present reports first, then each new one."""
+        ...
+
+
+class KeyRing(Protocol):
+    """API keys."""
+
+    async def find(self, key: str) -> Principal | None:
+        """Who a key belongs to; None when it is not known."""
+        ...

@@ -1,0 +1,200 @@
+"""What every surface calls: start, look, cancel, follow.
+
+Owns the checks before acceptance and the workspace border. Invariant: nothing is queued before its
+input has been checked, and another workspace's id is as unknown as one that never was.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from serve_app.core.decisions import cancel
+from serve_app.core.errors import (
+    IdempotencyConflictError,
+    InvalidInputError,
+    UnknownExecutionError,
+)
+from serve_app.core.execution import Execution, ExecutionCreated, evolve, new_execution
+from serve_app.core.inference import JsonValue
+from serve_app.core.journal import (
+    Commit,
+    Committed,
+    Conflict,
+    StoredEvent,
+    derived_execution_id,
+    execution_id,
+)
+from serve_app.core.retry import RetryPolicy
+from serve_app.ports import Clock, Entropy, ExecutionStore, Schemas, WorkflowCatalog
+from serve_app.services.feeds import Feed, Feeds
+
+_CREATE_COMMIT = "create"
+_CANCEL_TRIES_MAX = 50  # each lost race means somebody else's commit got in: it cannot go on long
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A wish to execute.
+
+    Args:
+        timeout_ms, retry: override the definition's.
+        idempotency_scope: what the key is unique within, such as the route; with `request_hash`
+            and the key itself it makes a repeat the same execution.
+    """
+
+    workspace: str
+    workflow_id: str
+    input: JsonValue
+    timeout_ms: int | None = None
+    retry: RetryPolicy | None = None
+    metadata: Mapping[str, JsonValue] = field(default_factory=dict)
+    user_id: str | None = None
+    priority: int = 0
+    idempotency_key: str | None = None
+    idempotency_scope: str = ""
+    request_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """An accepted execution; `is_new` is false for a repeat under the same key."""
+
+    execution: Execution
+    is_new: bool
+
+
+class Executions:
+    """The use cases over one store and one hub."""
+
+    def __init__(  # noqa: PLR0913 - one argument per port
+        self,
+        store: ExecutionStore,
+        catalog: WorkflowCatalog,
+        schemas: Schemas,
+        feeds: Feeds,
+        clock: Clock,
+        entropy: Entropy,
+    ) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._schemas = schemas
+        self._feeds = feeds
+        self._clock = clock
+        self._entropy = entropy
+
+    async def start(self, submission: Submission) -> Started:
+        """Accept an execution; durable when this returns.
+
+        Raises:
+            UnknownWorkflowError: no such workflow in the workspace.
+            InvalidInputError: the input does not satisfy its schema.
+            IdempotencyConflictError: the key came before with another body.
+            OverloadedError: the queue is full.
+        """
+        new = await self._prepare(submission)
+        return await self._create(new, submission)
+
+    @asynccontextmanager
+    async def start_and_follow(self, submission: Submission) -> AsyncIterator[tuple[Started, Feed]]:
+        """Accept an execution and follow it from its first event. Raises as `start`."""
+        new = await self._prepare(submission)
+        first = StoredEvent(1, _CREATE_COMMIT, new.created)
+        async with self._feeds.begin(new, first) as feed:
+            started = await self._create(new, submission)
+            if started.is_new:
+                yield started, feed
+                return
+        # A repeat: what was begun above is not its history, so follow what the store has.
+        async with self.follow(submission.workspace, new.id) as present:
+            yield started, present
+
+    async def load(self, workspace: str, an_execution_id: str) -> Execution:
+        """The present state.
+
+        Raises:
+            UnknownExecutionError: there is none of this id in the workspace.
+        """
+        return _visible(await self._store.load(an_execution_id), workspace, an_execution_id)
+
+    @asynccontextmanager
+    async def follow(self, workspace: str, an_execution_id: str) -> AsyncIterator[Feed]:
+        """Follow an execution. Raises as `load`."""
+        async with self._feeds.follow(an_execution_id) as feed:
+            _visible(None if feed is None else feed.execution, workspace, an_execution_id)
+            assert feed is not None, "an execution that is visible has a feed"
+            yield feed
+
+    async def cancel(self, workspace: str, an_execution_id: str, reason: str) -> Execution:
+        """Ask for an end; repeating it is harmless.
+
+        Raises:
+            UnknownExecutionError: there is none of this id in the workspace.
+            AlreadyTerminalError: it has ended.
+        """
+        execution = await self.load(workspace, an_execution_id)
+        commit_id = f"cancel.{self._entropy.token()}"
+        for _ in range(_CANCEL_TRIES_MAX):
+            events = cancel(execution, reason, self._clock.now_ms())
+            if not events:
+                return execution
+            after = evolve(execution, events[0])
+            answer = await self._store.commit(Commit(commit_id, None, execution, after, events))
+            match answer:
+                case Committed():
+                    return after
+                case Conflict(missed=missed):
+                    for stored in missed:
+                        execution = evolve(execution, stored.event)
+                case _:
+                    break
+        return await self.load(workspace, an_execution_id)
+
+    async def _prepare(self, submission: Submission) -> Execution:
+        version, workflow = await self._catalog.latest(
+            submission.workspace, submission.workflow_id
+        )
+        if workflow.input_schema is not None:
+            problems = self._schemas.problems(workflow.input_schema, submission.input)
+            if problems:
+                raise InvalidInputError(
+                    f"input does not satisfy the schema of {submission.workflow_id}", problems
+                )
+        timeout_ms = workflow.timeout_ms if submission.timeout_ms is None else submission.timeout_ms
+        created = ExecutionCreated(
+            at_ms=self._clock.now_ms(),
+            workspace=submission.workspace,
+            workflow_id=submission.workflow_id,
+            workflow_version=version,
+            input=submission.input,
+            metadata=submission.metadata,
+            user_id=submission.user_id,
+            timeout_ms=timeout_ms,
+            retry=workflow.retry if submission.retry is None else submission.retry,
+            priority=submission.priority,
+            request_hash=submission.request_hash,
+        )
+        return new_execution(self._new_id(submission), created)
+
+    def _new_id(self, submission: Submission) -> str:
+        count = self._store.partition_count
+        if submission.idempotency_key is None:
+            return execution_id(int(self._entropy.uniform() * count), self._entropy.token())
+        scope = (submission.workspace, submission.idempotency_scope, submission.idempotency_key)
+        return derived_execution_id(count, *scope)
+
+    async def _create(self, new: Execution, submission: Submission) -> Started:
+        accepted = await self._store.create(
+            new.id, new.created, _CREATE_COMMIT, self._feeds.watcher_id
+        )
+        is_same_body = accepted.execution.created.request_hash == submission.request_hash
+        if not accepted.is_new and not is_same_body:
+            raise IdempotencyConflictError(
+                "this Idempotency-Key was used with another body; use a new key"
+            )
+        return Started(accepted.execution, accepted.is_new)
+
+
+def _visible(execution: Execution | None, workspace: str, an_execution_id: str) -> Execution:
+    if execution is None or execution.created.workspace != workspace:
+        raise UnknownExecutionError(f"no execution {an_execution_id} in this workspace")
+    return execution

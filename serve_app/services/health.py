@@ -1,0 +1,85 @@
+"""Health, sampled once a second: the route answers from the last sample.
+
+Owns what "healthy" means: the store answers, a worker lives, and a model replica is ready where
+one is configured. Invariant: asking for health costs a dictionary look-up, so probes and load
+balancers may ask as often as they like.
+"""
+
+import logging
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from serve_app.core.errors import ServeAppError
+from serve_app.core.routing import REPORT_TTL_MS, ReplicaReport
+from serve_app.ports import Clock, ExecutionStore, ReplicaRegistry
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_S = 1.0
+FAILED_SHOWN_MS = 60_000  # how long a replica that died at start is shown
+
+
+@dataclass(frozen=True, slots=True)
+class HealthSample:
+    """`status` is healthy, starting or unhealthy; `services` say why."""
+
+    status: str
+    services: MappingProxyType[str, MappingProxyType[str, object]]
+
+
+STARTING = HealthSample("starting", MappingProxyType({}))
+
+
+class Health:
+    """The last sample, kept fresh by `run`."""
+
+    def __init__(
+        self, store: ExecutionStore, registry: ReplicaRegistry, clock: Clock, *, has_models: bool
+    ) -> None:
+        self.sample = STARTING
+        self._store = store
+        self._registry = registry
+        self._clock = clock
+        self._has_models = has_models
+
+    async def run(self) -> None:
+        """Sample until cancelled."""
+        while True:
+            self.sample = await self._take()
+            await self._clock.sleep(SAMPLE_S)
+
+    async def _take(self) -> HealthSample:
+        try:
+            workers = await self._store.live_workers()
+            reports = await self._registry.latest()
+        except ServeAppError as error:
+            logger.warning("health: %s", error)
+            down = MappingProxyType({"status": "down", "detail": str(error)})
+            return HealthSample("unhealthy", MappingProxyType({"redis": down}))
+        services = {
+            "redis": {"status": "up"},
+            "workflow_engine": {"status": "up" if workers else "down", "workers": workers},
+            "models": self._models(reports),
+        }
+        states = {str(service["status"]) for service in services.values()}
+        status = "unhealthy" if states & {"down", "failed"} else "healthy"
+        if "starting" in states and status == "healthy":
+            status = "starting"
+        frozen = {name: MappingProxyType(service) for name, service in services.items()}
+        return HealthSample(status, MappingProxyType(frozen))
+
+    def _models(self, reports: tuple[ReplicaReport, ...]) -> dict[str, object]:
+        if not self._has_models:
+            return {"status": "disabled"}
+        now_ms = self._clock.now_ms()
+        young = [r for r in reports if now_ms - r.at_ms < REPORT_TTL_MS]
+        ready = [r for r in young if r.phase == "ready"]
+        if ready:
+            names = sorted({model for r in ready for model in r.load.models})
+            return {"status": "up", "replicas": len(ready), "models": names}
+        failed = [
+            r for r in reports if r.phase == "failed" and now_ms - r.at_ms < FAILED_SHOWN_MS
+        ]
+        if failed:
+            return {"status": "failed", "replicas": 0, "detail": failed[-1].detail}
+        return {"status": "starting", "replicas": 0}

@@ -1,0 +1,75 @@
+"""One model call: ask the router, talk to the replica, keep the bill.
+
+Owns the way from a request to chunks for every surface. Carries no prompt to the router and no
+token through it. Invariant: leaving the iterator early, for whatever reason, aborts the generation
+down to the engine.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+
+from serve_app.core.errors import ConnectionFailedError, NoHostsAvailableError
+from serve_app.core.inference import AdmitRequest, Chunk, GenerationRequest, Grant, Usage
+from serve_app.ports import Admission, TokenLink
+
+REPLICAS_TRIED_MAX = 3  # before the first token; afterwards the caller decides
+_CHARACTERS_PER_TOKEN = 4  # a rough rule for English; the replica's own count corrects it
+_COMPLETION_TOKENS_GUESS = 256  # of a request that names no max_tokens
+
+
+class Inference:
+    """Generation, wherever the router finds room."""
+
+    def __init__(self, admission: Admission, link: TokenLink) -> None:
+        self._admission = admission
+        self._link = link
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """Stream the answer; every chunk carries the usage so far.
+
+        Raises:
+            ModelNotAvailableError: no such model.
+            NoHostsAvailableError: no replica has room.
+            ConnectionFailedError: the replica was lost after its first chunk, or several were
+                before it.
+            ServeAppError: what the engine answered.
+        """
+        lost: list[str] = []
+        while True:
+            grant = await self._admit(request, tuple(lost))
+            has_begun = False
+            try:
+                async with aclosing(self._metered(grant, request)) as chunks:
+                    async for chunk in chunks:
+                        has_begun = True
+                        yield chunk
+                return
+            except ConnectionFailedError:
+                lost.append(grant.replica_id)
+                if has_begun or len(lost) >= REPLICAS_TRIED_MAX:
+                    raise
+
+    async def _admit(self, request: GenerationRequest, lost: tuple[str, ...]) -> Grant:
+        wanted = AdmitRequest(request.request_id, request.model, _token_count(request), lost)
+        try:
+            return await self._admission.admit(wanted)
+        except NoHostsAvailableError as error:
+            if lost:
+                raise ConnectionFailedError("the replica was lost and no other has room") from error
+            raise
+
+    async def _metered(self, grant: Grant, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        reported = Usage()
+        completion_tokens = 0
+        async with aclosing(self._link.generate(grant, request)) as chunks:
+            async for chunk in chunks:
+                completion_tokens += len(chunk.token_ids)
+                reported = chunk.usage or reported
+                tokens = max(completion_tokens, reported.completion_tokens)
+                yield replace(chunk, usage=replace(reported, completion_tokens=tokens))
+
+
+def _token_count(request: GenerationRequest) -> int:
+    characters = sum(len(message.content) for message in request.messages)
+    return characters // _CHARACTERS_PER_TOKEN + (request.max_tokens or _COMPLETION_TOKENS_GUESS)

@@ -1,0 +1,138 @@
+"""Every setting of the service: one frozen tree, read once, handed down.
+
+Owns names, defaults, bounds and reasons. Each is an environment variable, `INFERPIPE_` and the
+name in capitals, or a key of the YAML file that `INFERPIPE_CONFIG` names. Invariant: nothing else
+in the service reads the environment.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
+KEY_LENGTH_MIN = 16
+KEY_LENGTH_MAX = 128
+
+
+class Settings(BaseSettings):
+    """What an operator can set; the defaults make a laptop's quick start."""
+
+    model_config = SettingsConfigDict(env_prefix="INFERPIPE_", frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address the HTTP port binds to.")
+    port: int = Field(8000, ge=1, le=65535, description="The one HTTP port.")
+    public_url: str = Field("", description="How clients reach us, when a proxy stands before.")
+    dev: bool = Field(
+        default=False,
+        description="Local development: a request with no key acts as an `execute` key of the "
+        "default workspace; only with a loopback Host and no foreign Origin.",
+    )
+    api_key: SecretStr = Field(
+        SecretStr(""),
+        description="The first admin key, 16 to 128 printable characters; none: one is made and "
+        "printed once.",
+    )
+    workspace_id: str = Field(
+        "default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="The first key's workspace."
+    )
+    data_dir: Path = Field(
+        Path.home() / ".inferpipe", description="Models, the embedded store, logs, secrets."
+    )
+    cluster_secret: SecretStr = Field(
+        SecretStr(""),
+        description="Authenticates the links between our processes; none: one is made and kept in "
+        "the data directory. Several hosts must share it.",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Origins a browser may call from, comma-separated."
+    )
+    body_max_bytes: int = Field(10 << 20, ge=1024, description="Largest request body.")
+    json_depth_max: int = Field(64, ge=4, le=512, description="Deepest nesting of a JSON body.")
+    keep_alive_s: float = Field(10.0, gt=0, le=15, description="Silence on a stream at most.")
+    requests_max: int = Field(
+        4096, ge=1, description="Requests and open streams in one ingress replica."
+    )
+
+    redis_url: SecretStr = Field(
+        SecretStr(""), description="redis:// or rediss:// address; none: the embedded server."
+    )
+    redis_fsync: Literal["always", "everysec"] = Field(
+        "always",
+        description="Of the embedded server. `everysec` may lose up to 2 s of acknowledged work.",
+    )
+    partitions: int = Field(16, ge=1, le=256, description="Fixed for the life of the store.")
+    backlog_max: int = Field(
+        10_000, ge=1, description="Executions waiting in one partition; beyond it 503."
+    )
+    retention_s: int = Field(
+        7 * 86400, ge=60, description="How long an ended execution can be read."
+    )
+
+    ingress_replicas: int = Field(1, ge=1, description="HTTP processes.")
+    executor_replicas: int = Field(2, ge=1, description="Two, so that one takes over at once.")
+    executor_capacity: int = Field(512, ge=1, description="Executions one executor owns at once.")
+    lease_ttl_ms: int = Field(
+        3_000, ge=200, description="An executor silent for so long loses what it owns."
+    )
+    heartbeat_ms: int = Field(500, ge=20, description="How often an executor shows it lives.")
+
+    model: str = Field(
+        "", description="A model directory or hub name; none: the bundled SmolLM2-135M-Instruct."
+    )
+    model_name: str = Field("", description="Its id in the API; none: the directory's name.")
+    model_replicas: int = Field(1, ge=0, description="Engines; 0: no model plane.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="What vLLM runs on.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights.")
+    context_max: int = Field(2048, ge=64, description="Longest prompt and answer, in tokens.")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine.")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory.")
+    engine_seqs_max: int = Field(64, ge=1, description="Requests in one engine step.")
+    engine_eager: bool = Field(
+        default=True, description="No compilation: a CPU engine starts in 20 s, not in minutes."
+    )
+    engine_stall_s: float = Field(
+        60.0, gt=1, description="No engine step for so long while requests run: the engine is ill."
+    )
+    link_host: str = Field("127.0.0.1", description="Address the links between processes bind to.")
+
+    @field_validator("api_key")
+    @classmethod
+    def _is_printable(cls, key: SecretStr) -> SecretStr:
+        value = key.get_secret_value()
+        if value and not (KEY_LENGTH_MIN <= len(value) <= KEY_LENGTH_MAX and value.isprintable()):
+            raise ValueError("INFERPIPE_API_KEY takes 16 to 128 printable characters")
+        return key
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach us."""
+        return self.host in LOOPBACK_HOSTS
+
+
+def read_settings(**given: object) -> Settings:
+    """The settings of this process: what is given first, then the environment, then the file.
+
+    Raises:
+        ValueError: a value out of bounds, or an unknown key in the file.
+    """
+    path = os.environ.get("INFERPIPE_CONFIG")
+    if not path:
+        return Settings(**given)  # type: ignore[arg-type]
+    document = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} holds no mapping of settings")
+    from_env = {name for name in Settings.model_fields if f"INFERPIPE_{name.upper()}" in os.environ}
+    from_file = {name: value for name, value in document.items() if name not in from_env}
+    return Settings(**{**from_file, **given})

@@ -1,0 +1,142 @@
+"""`generate`: a model call as a durable step, its tokens in the journal as they come.
+
+Owns the settings under vLLM's names and the parsing of structured answers. Invariant: an answer
+with an `output_schema` is recorded only when it is whole and parses.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serve_app.core.errors import Problem, StepFailedError
+from serve_app.core.inference import FinishReason, GenerationRequest, JsonValue, Message
+from serve_app.core.template import expressions_in
+from serve_app.ports import Entropy, StepCall, StepType
+from serve_app.services.inference import Inference
+
+MAX_TOKENS_DEFAULT = 512  # of a step that names none: an answer, not a whole context
+
+
+class _Turn(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: str = Field(pattern="^(system|user|assistant)$")
+    content: str
+
+
+class _Settings(BaseModel):
+    """The settings once every expression has its value."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str | None = Field(default=None, min_length=1)
+    messages: list[_Turn] | None = Field(default=None, min_length=1)
+    model: str = ""
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=MAX_TOKENS_DEFAULT, ge=1)
+    stop: list[str] | str = Field(default_factory=list)
+    seed: int | None = None
+    output_schema: dict[str, object] | None = None
+
+    def turns(self) -> tuple[Message, ...]:
+        if self.messages is not None:
+            return tuple(Message(turn.role, turn.content) for turn in self.messages)
+        return (Message("user", self.prompt or ""),)
+
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def generate_step(inference: Inference, entropy: Entropy) -> StepType:
+    """The step type, bound to the model plane."""
+    return StepType(check=_check, run=_runner(inference, entropy))
+
+
+def _runner(inference: Inference, entropy: Entropy) -> Callable[[StepCall], Awaitable[JsonValue]]:
+    async def run(call: StepCall) -> JsonValue:
+        settings = _parse(call.settings)
+        # Unique per run: the run of a lost worker may still be in the engine under the same key.
+        request = _request(call, settings, f"{call.idempotency_key}/{entropy.token()}")
+        text: list[str] = []
+        finish_reason = None
+        async with aclosing(inference.generate(request)) as chunks:
+            async for chunk in chunks:
+                text.append(chunk.text)
+                finish_reason = chunk.finish_reason
+                if chunk.usage is not None:
+                    call.report_usage(chunk.usage)
+                call.emit(chunk.text, chunk.token_ids)
+        return _answer("".join(text), finish_reason, settings)
+
+    return run
+
+
+def _request(call: StepCall, settings: _Settings, request_id: str) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request_id,
+        messages=settings.turns(),
+        model=settings.model,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        stop=settings.stops(),
+        seed=settings.seed,
+        output_schema=settings.output_schema,
+        deadline_ms=call.deadline_ms,
+        priority=-call.priority,  # vLLM runs the lower number first
+    )
+
+
+def _answer(text: str, finish_reason: FinishReason | None, settings: _Settings) -> JsonValue:
+    if settings.output_schema is None:
+        return text
+    if finish_reason is FinishReason.LENGTH:
+        raise StepFailedError(
+            f"the answer reached max_tokens={settings.max_tokens} before its JSON ended; "
+            "raise max_tokens or bound the strings and lists of output_schema"
+        )
+    try:
+        parsed: JsonValue = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise StepFailedError(f"the answer is no JSON: {error}") from error
+    return parsed
+
+
+def _parse(settings: JsonValue) -> _Settings:
+    try:
+        parsed = _Settings.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise StepFailedError(f"generate.{place}: {first['msg']}", False) from error  # noqa: FBT003
+    if (parsed.prompt is None) == (parsed.messages is None):
+        raise StepFailedError("generate needs either prompt or messages", False)  # noqa: FBT003
+    return parsed
+
+
+def _check(settings: JsonValue) -> Sequence[Problem]:
+    """Check what is known before any input: keys, and values that hold no expression."""
+    if not isinstance(settings, Mapping):
+        return (Problem((), "generate takes an object: prompt or messages, and settings"),)
+    problems = [
+        Problem((key,), f"unknown setting; known: {', '.join(sorted(_Settings.model_fields))}")
+        for key in settings
+        if key not in _Settings.model_fields
+    ]
+    if ("prompt" in settings) == ("messages" in settings):
+        problems.append(Problem((), "generate needs either prompt or messages"))
+    literal = {
+        key: value
+        for key, value in settings.items()
+        if key in _Settings.model_fields and not expressions_in(value)
+    }
+    try:
+        _Settings.model_validate(literal)
+    except ValidationError as error:
+        problems.extend(
+            Problem(detail["loc"], detail["msg"]) for detail in error.errors(include_url=False)
+        )
+    return problems
