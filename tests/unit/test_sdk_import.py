@@ -53,4 +53,4 @@ def test_public_name_resolves(name: str) -> None:
 
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Inferpipe'"):
-        _ = inferpipe.Inferpipe  # type: ignore[attr-defined]
+        _ = inferpipe.Inferpipe

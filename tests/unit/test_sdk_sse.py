@@ -1,5 +1,7 @@
 """The SSE framing, against the rules of the WHATWG HTML standard, section 9.2."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,8 +24,12 @@ def event(data: str, name: str = "message", event_id: str | None = None) -> Serv
         # The standard's own examples.
         (b"data: YHOO\ndata: +2\ndata: 10\n\n", [event("YHOO\n+2\n10")]),
         (
-            b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third\n\n",
-            [event("first event", event_id="1"), event("second event", event_id=""), event(" third")],
+            b": test stream\n\ndata: first\nid: 1\n\ndata:second event\nid\n\ndata:  third\n\n",
+            [
+                event("first", event_id="1"),
+                event("second event", event_id=""),
+                event(" third"),
+            ],
         ),
         (b"data\n\ndata\ndata\n\ndata:", [event(""), event("\n")]),
         (b"data:test\n\ndata: test\n\n", [event("test"), event("test")]),
@@ -38,7 +44,7 @@ def event(data: str, name: str = "message", event_id: str | None = None) -> Serv
         (b"event: chunk\n\ndata: y\n\n", [event("y")]),
         (b"id: 1\0\ndata: x\n\n", [event("x")]),
         (b"unknown: 1\nDATA: no\ndata : no\n: note\ndata: x\n\n", [event("x")]),
-        (b"data: {\"a\": \"b:c\"}\n\n", [event('{"a": "b:c"}')]),
+        (b'data: {"a": "b:c"}\n\n', [event('{"a": "b:c"}')]),
         # An unfinished event is dropped; bad UTF-8 is replaced.
         (b"data: a\n\ndata: b\n", [event("a")]),
         (b"data: \xff\xe2\x82\n\n", [event("\ufffd\ufffd")]),
@@ -51,8 +57,11 @@ def test_decoder_follows_the_standard(stream: bytes, expected: list[ServerSentEv
 
 
 FRAGMENTS = st.sampled_from(
-    [b"data: ", b"data", b"id: 7", b"id", b"event: chunk", b"retry: 9", b": note", b"\xef\xbb\xbf"]
-    + [b"\r", b"\n", b"\r\n", b"\n\n", b"\r\r", b" ", b":", b"\0", "€😀".encode(), b"\xe2\x82"]
+    [
+        *(b"data: ", b"data", b"id: 7", b"id", b"event: chunk", b"retry: 9", b": note", b" ", b":"),
+        *(b"\r", b"\n", b"\r\n", b"\n\n", b"\r\r", b"\0", b"\xef\xbb\xbf", b"\xe2\x82", b"\xff"),
+        "€😀".encode(),
+    ]
 )
 
 
@@ -62,7 +71,7 @@ def test_decoder_output_does_not_depend_on_chunking(stream: bytes, data: st.Data
     cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12).map(sorted))
     edges = [0, *cuts, len(stream)]
     arrived = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         arrived += pieces.feed(stream[start:end])
     assert arrived == whole.feed(stream)
     assert (pieces.last_event_id, pieces.retry_ms) == (whole.last_event_id, whole.retry_ms)

@@ -34,9 +34,7 @@ RESULT = ExecutionResult(id="e1", status="completed", workflow_id="w", workflow_
 def test_execute_request_reads_the_wire_and_writes_it_back() -> None:
     request = ExecuteRequest.model_validate_json(json.dumps(BODY))
     assert request.workflow_id == "test-echo"
-    assert request.retry_config == RetryConfig(
-        attempts=3, backoff="exponential", max_delay=30000
-    )
+    assert request.retry_config == RetryConfig(attempts=3, backoff="exponential", max_delay=30000)
     assert request.model_dump() == BODY
 
 

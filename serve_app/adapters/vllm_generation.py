@@ -1,0 +1,117 @@
+"""One generation inside a vLLM engine: the collector of its outputs, and its one ending.
+
+Owns what is known of one request while it runs. Starts and aborts nothing (the engine adapter
+does). Invariant: after the last `emit`, a chunk with `finish_reason` or an error, no other follows.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from serve_app.adapters.vllm_prompt import chars_of
+from serve_app.core.errors import ConnectionFailedError, InvalidPromptError, ServeAppError
+from serve_app.core.inference import Chunk, FinishReason, GenerationRequest, Usage
+
+CHARS_PER_TOKEN = 4  # an estimate for prompts that are not tokenised yet
+EXPECTED_TOKENS = 256  # of an answer whose caller sets no max_tokens
+
+Emit = Callable[[Chunk | Exception], None]
+
+logger = logging.getLogger(__name__)
+
+
+class Generation:
+    """One request and, towards vLLM, the collector of its outputs (a `RequestOutputCollector`).
+
+    `put` is called by vLLM's output handler, on the loop, once per engine step.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, emit: Emit, ended: Callable[["Generation"], None]
+    ) -> None:
+        self.request = request
+        self.internal_id = ""
+        self.is_in_engine = False
+        self.token_count = 0
+        self.deadline: asyncio.TimerHandle | None = None
+        self.preparation: asyncio.Task[None] | None = None
+        self.verdict: ServeAppError | None = None  # what a stopped generation ends with
+        self._emit = emit
+        self._ended = ended
+        self._is_ended = False
+        self._prompt_token_count = 0
+        self._cached_token_count = 0
+        self._held_ids: list[int] = []  # of tokens whose text is not complete yet
+
+    def enter(self, made: Any) -> None:
+        """The engine takes the request from here on."""
+        self.internal_id = made.request_id
+        self._prompt_token_count = len(made.prompt_token_ids)
+        self.is_in_engine = True
+
+    def put(self, output: Any) -> None:
+        """Take one engine step's output for this request, or the engine's death."""
+        if isinstance(output, Exception):
+            self.end(ConnectionFailedError("the engine died"))
+            return
+        completion = output.outputs[0]
+        self._held_ids += completion.token_ids
+        self.token_count += len(completion.token_ids)
+        self._cached_token_count = output.num_cached_tokens or 0
+        reason = completion.finish_reason
+        if reason is not None:
+            self._finish(reason, completion.text)
+        elif completion.text:
+            token_ids, self._held_ids = tuple(self._held_ids), []
+            self._send(Chunk(completion.text, token_ids))
+
+    def end(self, error: ServeAppError) -> None:
+        """End with an error; a generation that has ended stays as it is."""
+        self._last(error)
+
+    def end_as_stopped(self, text: str, token_ids: tuple[int, ...]) -> None:
+        """End with the verdict, or as cancelled."""
+        chunk = Chunk(text, token_ids, FinishReason.CANCELLED, self._usage())
+        self._last(self.verdict or chunk)
+
+    def queued_tokens(self) -> int:
+        """Tokens that the engine has still to work on, as far as one can tell."""
+        limit = self.request.max_tokens or EXPECTED_TOKENS
+        rest = max(0, limit - self.token_count)
+        if self.token_count:
+            return rest
+        return rest + (self._prompt_token_count or chars_of(self.request) // CHARS_PER_TOKEN)
+
+    def _finish(self, reason: str, text: str) -> None:
+        token_ids = tuple(self._held_ids)
+        if reason == "abort":
+            self.end_as_stopped(text, token_ids)
+        elif reason == "error" and self.request.output_schema is not None:
+            self.end(InvalidPromptError("the engine cannot compile the output schema"))
+        elif reason == "error":
+            self.end(ConnectionFailedError("the engine gave this request up"))
+        else:
+            # vLLM's third natural end, "repetition", is a stop that the engine chose.
+            is_cut = reason == "length"
+            known = FinishReason.LENGTH if is_cut else FinishReason.STOP
+            self._last(Chunk(text, token_ids, known, self._usage()))
+
+    def _usage(self) -> Usage:
+        return Usage(self._prompt_token_count, self.token_count, self._cached_token_count)
+
+    def _last(self, output: Chunk | Exception) -> None:
+        if self._is_ended:
+            return
+        self._is_ended = True
+        if self.deadline is not None:
+            self.deadline.cancel()
+        self._ended(self)
+        self._send(output)
+
+    def _send(self, output: Chunk | Exception) -> None:
+        try:
+            self._emit(output)
+        except Exception:
+            # This runs inside vLLM's output handler: an error here would end every request.
+            logger.exception("emit failed", extra={"request_id": self.request.request_id})

@@ -1,0 +1,120 @@
+"""From a `GenerationRequest` to what vLLM's engine core takes: template, tokens, sampling, checks.
+
+Owns the mapping and the words of its refusals. Runs nothing and holds no request. Invariant:
+`PromptMaker.make` is pure but for its tokenizer, so it may run in a thread that has a tokenizer of
+its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from serve_app.core.errors import InvalidPromptError, ModelNotAvailableError
+from serve_app.core.inference import GenerationRequest
+
+TASKS = ("generate",)  # what the engine is asked for; process_inputs wants to be told
+
+
+class PromptMaker:
+    """Makes engine-core requests for one engine.
+
+    Args:
+        llm: the `AsyncLLM`; its input processor and classes are used, its loop is not.
+        served_name: the only model there is.
+        vllm: the imported package, handed in because only the engine adapter imports it.
+    """
+
+    def __init__(self, llm: Any, served_name: str, vllm: Any) -> None:
+        self._inputs = llm.input_processor
+        self._served_name = served_name
+        self._vllm = vllm
+        self.context_max: int = llm.model_config.max_model_len
+        self._chars_max = self.context_max * int(llm.get_tokenizer().max_chars_per_token)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse what needs no tokenizer to be refused.
+
+        Raises:
+            ModelNotAvailableError: another model's name.
+            InvalidPromptError: nothing was said, or far too much.
+        """
+        if request.model not in {"", self._served_name}:
+            raise ModelNotAvailableError(
+                f"no model {request.model!r} here; available: {self._served_name}"
+            )
+        size = chars_of(request)
+        if size == 0:
+            raise InvalidPromptError("the prompt is empty")
+        # No token is longer than the longest of the vocabulary, so that a huge text is refused
+        # without a second of tokenising (vLLM's own renderer does the same).
+        if size > self._chars_max:
+            raise InvalidPromptError(
+                f"the prompt of {size} characters is too long for the model's limit of "
+                f"{self.context_max} tokens"
+            )
+
+    def make(self, request: GenerationRequest, tokenizer: Any) -> Any:
+        """The `EngineCoreRequest`.
+
+        Raises:
+            InvalidPromptError: the template, the limit, vLLM's checks or the grammar say no.
+        """
+        token_ids = self._token_ids(request, tokenizer)
+        room = self.context_max - len(token_ids)
+        if room < 1:
+            raise InvalidPromptError(
+                f"the prompt has {len(token_ids)} tokens; the model's limit is "
+                f"{self.context_max} tokens for prompt and answer together"
+            )
+        prompt = self._vllm.inputs.tokens_input(token_ids)
+        try:
+            made = self._inputs.process_inputs(
+                request.request_id,
+                prompt,
+                self._sampling(request, room),
+                supported_tasks=TASKS,
+                priority=request.priority,
+            )
+        # vLLM raises both its own class and plain ValueErrors for what it refuses.
+        except (self._vllm.exceptions.VLLMClientError, ValueError, TypeError) as error:
+            raise InvalidPromptError(f"the engine refuses the request: {error}") from error
+        self._inputs.assign_request_id(made)
+        return made
+
+    def _token_ids(self, request: GenerationRequest, tokenizer: Any) -> list[int]:
+        messages = [
+            {"role": message.role, "content": message.content} for message in request.messages
+        ]
+        try:
+            token_ids: list[int] = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        # The template is the model's code: roles it does not know end in any kind of error.
+        except Exception as error:
+            raise InvalidPromptError(
+                f"the model's chat template refuses the messages: {error}"
+            ) from error
+        return token_ids
+
+    def _sampling(self, request: GenerationRequest, room: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            max_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
+            stop=list(request.stop),
+            seed=request.seed,
+            structured_outputs=self._grammar(request),
+            output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
+        )
+
+    def _grammar(self, request: GenerationRequest) -> Any:
+        if request.output_schema is None:
+            return None
+        make: Callable[..., Any] = self._vllm.sampling_params.StructuredOutputsParams
+        if not request.output_schema:
+            return make(json_object=True)  # an empty mapping would read as "no schema" there
+        return make(json=dict(request.output_schema))
+
+
+def chars_of(request: GenerationRequest) -> int:
+    """Characters of all messages."""
+    return sum(len(message.content) for message in request.messages)
