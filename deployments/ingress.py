@@ -4,15 +4,14 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
-from deployments.stores import catalog_of, connect, publish_shipped
+from deployments.stores import catalog_of, connect, publish_definitions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, ingress_channels
 from serve_app.adapters.redis_config import RedisKeys
 from serve_app.adapters.redis_replicas import RedisReplicas
-from serve_app.adapters.serve_admission import ServeAdmission
+from serve_app.adapters.serve_admission import Handle, ServeAdmission
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link import TcpTokenLink
 from serve_app.adapters.telemetry import configure_logging
@@ -42,10 +41,10 @@ FIRST_KEY_ID = "first"
 class Ingress:
     """Composes the application over its adapters."""
 
-    async def __init__(
-        self, settings: Settings, router: DeploymentHandle, deployed: tuple[DeploymentHandle, ...]
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self, settings: Settings, router: Handle, deployed: tuple[Handle, ...]
     ) -> None:
-        configure_logging(settings.log_level, json=True)
+        configure_logging(settings.log_level, json=True, path=settings.log_path("ingress"))
         clock, entropy = SystemClock(), SystemEntropy()
         self._settings = settings
         self._deployed = deployed  # held so that Serve deploys them with the application
@@ -61,12 +60,18 @@ class Ingress:
         catalog = catalog_of(self._stores.calls, types, clock)
         keys = RedisKeys(self._stores.calls, clock)
         registry = RedisReplicas(self._stores.client, self._stores.calls, clock)
-        health = Health(
-            self._stores.store, registry, clock, has_models=settings.model_replicas > 0
-        )
+        health = Health(self._stores.store, registry, clock, has_models=settings.model_replicas > 0)
         schemas = JsonSchemas()
         self._services = Services(
-            executions=Executions(self._stores.store, catalog, schemas, feeds, clock, entropy),
+            executions=Executions(
+                self._stores.store,
+                catalog,
+                schemas,
+                feeds,
+                clock,
+                entropy,
+                settings.timeout_default_ms,
+            ),
             feeds=feeds,
             catalog=catalog,
             authenticator=Authenticator(keys, settings.workspace_id, is_dev=settings.dev),
@@ -76,7 +81,7 @@ class Ingress:
             settings=settings,
             version=version("inferpipe"),
         )
-        await publish_shipped(catalog)
+        await publish_definitions(catalog, settings)
         await keys.put(
             settings.api_key.get_secret_value(),
             Principal(settings.workspace_id, Scope.ADMIN, FIRST_KEY_ID),
@@ -85,7 +90,7 @@ class Ingress:
         self._background.start("feeds", feeds.run())
         self._background.start("health", health.run())
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - the name is Serve's
+    def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, once the constructor is done."""
         return create_app(self._services)
 

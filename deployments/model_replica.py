@@ -31,8 +31,8 @@ LAST_LINES = 15
 class ModelReplica:
     """Starts the engine in its constructor, so that it is ready when Serve says so."""
 
-    async def __init__(self, settings: Settings) -> None:
-        configure_logging(settings.log_level, json=True)
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc] # Serve awaits it
+        configure_logging(settings.log_level, json=True, path=settings.log_path("model"))
         self._clock = SystemClock()
         self._replica_id = f"host-{SystemEntropy().token()[:10]}"
         self._models = (settings.model_name,)
@@ -42,8 +42,9 @@ class ModelReplica:
         _redirect_output(log_path)
         try:
             self._engine = VllmEngine.start(_engine_settings(settings), self._clock)
-        except BaseException:
-            announce_start(redis_url, self._report("failed", _last_lines(log_path)))
+        except Exception as error:
+            detail = f"{_last_lines(log_path)}\n{type(error).__name__}: {error}".strip()
+            announce_start(redis_url, self._report("failed", detail))
             raise
         self._stores = connect(settings, self._clock)
         self._registry = RedisReplicas(self._stores.client, self._stores.calls, self._clock)
@@ -65,7 +66,9 @@ class ModelReplica:
             await self._registry.announce(self._report("ready", load=self._server.load()))
             await self._clock.sleep(REPORT_S)
 
-    def _report(self, phase: str, detail: str = "", load: ReplicaLoad | None = None) -> ReplicaReport:
+    def _report(
+        self, phase: str, detail: str = "", load: ReplicaLoad | None = None
+    ) -> ReplicaReport:
         present = load or ReplicaLoad(self._replica_id, self._models, "", 0)
         return ReplicaReport(present, phase, detail, self._clock.now_ms())
 

@@ -22,8 +22,8 @@ from serve_app.settings import Settings
 class RouterDeployment:
     """Hears the replicas and chooses among them."""
 
-    async def __init__(self, settings: Settings) -> None:
-        configure_logging(settings.log_level, json=True)
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc] # Serve awaits it
+        configure_logging(settings.log_level, json=True, path=settings.log_path("router"))
         clock = SystemClock()
         self._stores = connect(settings, clock)
         registry = RedisReplicas(self._stores.client, self._stores.calls, clock)

@@ -15,6 +15,7 @@ from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_config import SHIPPED, RedisCatalog
 from serve_app.adapters.redis_store import RedisStore
 from serve_app.adapters.system import SystemClock
+from serve_app.core.errors import InvalidWorkflowError
 from serve_app.core.workflow import Workflow, parse_workflow
 from serve_app.ports import StepType
 from serve_app.settings import Settings
@@ -29,7 +30,7 @@ ANSWER_TIMEOUT_S = 5.0  # of the server; a stuck one is treated as lost
 class Stores:
     """The connections of one process."""
 
-    client: "Redis[bytes]"
+    client: Redis
     calls: RedisCalls
     store: RedisStore
 
@@ -52,9 +53,9 @@ def connect(settings: Settings, clock: SystemClock) -> Stores:
     return Stores(redis_client(settings, timeout_s=None), calls, store)
 
 
-def redis_client(settings: Settings, *, timeout_s: float | None) -> "Redis[bytes]":
+def redis_client(settings: Settings, *, timeout_s: float | None) -> Redis:
     """A client that does not retry by itself: `RedisCalls` and the bells know better."""
-    client: Redis[bytes] = Redis.from_url(
+    client: Redis = Redis.from_url(
         settings.redis_url.get_secret_value(),
         socket_timeout=timeout_s,
         socket_connect_timeout=ANSWER_TIMEOUT_S,
@@ -81,9 +82,20 @@ def catalog_of(
     return RedisCatalog(calls, parse, clock)
 
 
-async def publish_shipped(catalog: RedisCatalog) -> None:
-    """Make the definitions in `workflows/` known; unchanged ones keep their version."""
-    for file in sorted(resources.files("workflows").iterdir(), key=str):
-        if file.name.endswith(".yaml"):
-            document = yaml.safe_load(file.read_text(encoding="utf-8"))
-            await catalog.define(SHIPPED, document["id"], document)
+async def publish_definitions(catalog: RedisCatalog, settings: Settings) -> None:
+    """Make shipped definitions and the operator's own known; unchanged ones keep their version.
+
+    Raises:
+        InvalidWorkflowError: a file holds no workflow; the message names the file.
+    """
+    own = settings.workflows_dir
+    sources = [(SHIPPED, resources.files("workflows"))]
+    sources += [(settings.workspace_id, own)] if own is not None else []
+    for workspace, folder in sources:
+        for file in sorted(folder.iterdir(), key=str):
+            if file.name.endswith(".yaml"):
+                document = yaml.safe_load(file.read_text(encoding="utf-8"))
+                try:
+                    await catalog.define(workspace, document)
+                except InvalidWorkflowError as error:
+                    raise InvalidWorkflowError(f"{file.name}: {error}", error.problems) from error

@@ -1,16 +1,17 @@
-"""The workflow executor: one worker in a replica. It gets no requests; Redis and its peers tell it
-what to do."""
+"""The workflow executor: one worker in a replica.
+
+It gets no requests; Redis and its peers tell it what to do.
+"""
 
 import asyncio
 
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from deployments.background import Background
 from deployments.stores import catalog_of, connect
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
-from serve_app.adapters.serve_admission import ServeAdmission
+from serve_app.adapters.serve_admission import Handle, ServeAdmission
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link import TcpTokenLink
 from serve_app.adapters.tcp_peers import TcpPeers
@@ -34,8 +35,10 @@ STALL_S = 20.0  # no heartbeat for so long: the loop or the store hangs, and nob
 class WorkflowExecutor:
     """Composes one `Executor` and keeps it running."""
 
-    async def __init__(self, settings: Settings, router: DeploymentHandle) -> None:
-        configure_logging(settings.log_level, json=True)
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self, settings: Settings, router: Handle
+    ) -> None:
+        configure_logging(settings.log_level, json=True, path=settings.log_path("executor"))
         self._clock, entropy = SystemClock(), SystemEntropy()
         self._stores = connect(settings, self._clock)
         self._link = TcpTokenLink(

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         RetryConfig,
     )
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "ApiStatusError",
@@ -94,13 +94,25 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    if name == "__version__":
+        value: object = _installed_version()
+    elif name in __all__:
+        # Whatever has no other home is an error class: they are the long tail of the names.
+        value = getattr(import_module(_HOME.get(name, "inferpipe.errors")), name)
+    else:
         raise AttributeError(f"module 'inferpipe' has no attribute {name!r}")
-    # Whatever has no other home is an error class: they are the long tail of the public names.
-    value: object = getattr(import_module(_HOME.get(name, "inferpipe.errors")), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _installed_version() -> str:
+    # Here and not at the top: this import alone takes longer than the rest of the package.
+    metadata = import_module("importlib.metadata")
+    try:
+        return str(metadata.version("inferpipe"))
+    except metadata.PackageNotFoundError:
+        return "0+source"  # a source tree on the path, not installed

@@ -5,7 +5,7 @@ reply `Unreachable`, and what that means is decided in `_stream`.
 """
 
 import asyncio
-import random  # noqa: TID251 - the SDK runs in the user's process: no Entropy there
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TypeVar
@@ -20,8 +20,8 @@ T = TypeVar("T")
 Sleeper = Callable[[float], object]
 AsyncSleeper = Callable[[float], Awaitable[object]]
 
-sleep: Sleeper = time.sleep  # noqa: TID251 - the SDK runs in the user's process: no Clock there
-async_sleep: AsyncSleeper = asyncio.sleep  # noqa: TID251 - nor here
+sleep: Sleeper = time.sleep
+async_sleep: AsyncSleeper = asyncio.sleep
 jitter: Callable[[], float] = random.random  # nothing secret hangs on it
 
 

@@ -302,15 +302,18 @@ def _complain(message: str, code: int) -> int:
 def _add_server_commands(commands: Any, first_word: str) -> None:
     """Add what is needed of the server's commands.
 
-    Finding and importing them is slow, so a command of the client's own skips it: only the one
-    that is asked for is imported, or all of them for `--help` or an unknown word.
+    Finding and importing them is slow (Ray takes a second), so a command of the client's own skips
+    both: only the one that is asked for is imported, or all of them for `--help`.
     """
     if first_word in commands.choices or first_word == "--version":
         return
     found = {entry.name: entry for entry in entry_points(group=COMMAND_GROUP)}
-    wanted = (first_word,) if first_word in found else (*found, *SERVER_COMMANDS)
-    for name in dict.fromkeys(wanted):
+    loads_all = first_word.startswith("-")
+    for name in dict.fromkeys((*found, *SERVER_COMMANDS)):
         if name in commands.choices:
+            continue
+        if name != first_word and not loads_all:
+            commands.add_parser(name)  # for the message that lists the choices
             continue
         command = _load(found.get(name))
         parser = commands.add_parser(name, help=command.help, description=command.help)

@@ -356,8 +356,8 @@ class AsyncExecutionStream:
 
 
 def _with_environment(given: calls.ClientOptions) -> calls.ClientOptions:
-    return calls.environment_options(os.environ, given)  # noqa: TID251 - from_env was asked for
+    return calls.environment_options(os.environ, given)
 
 
 def _new_key() -> str:
-    return str(uuid.uuid4())  # noqa: TID251 - made in the user's process, which has no Entropy
+    return str(uuid.uuid4())

@@ -6,9 +6,10 @@ camelCase; what the server sends may grow members, so answers ignore unknown one
 refuse them.
 """
 
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictInt
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StrictInt
 from pydantic.alias_generators import to_camel
 
 from inferpipe._sse import (
@@ -53,6 +54,15 @@ TERMINAL_STATUSES: frozenset[ExecutionStatus] = frozenset({"completed", "failed"
 
 # Strict: JSON's "1000" and true are no numbers of milliseconds.
 DurationMs = Annotated[StrictInt, Field(le=DURATION_MS_MAX)]
+
+
+def _to_utc(moment: datetime) -> datetime:
+    return moment.astimezone(UTC)
+
+
+# RFC 3339 in UTC. Python's own UTC also replaces pydantic-core's time zone object: one that is
+# alive when the interpreter ends makes it crash (pydantic issue 12867; seen with 2.14.3).
+Timestamp = Annotated[AwareDatetime, AfterValidator(_to_utc)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -153,8 +163,8 @@ class StepView(WireModel):
     type: str
     status: str
     attempts: Count = 0
-    started_at: AwareDatetime | None = None
-    completed_at: AwareDatetime | None = None
+    started_at: Timestamp | None = None
+    completed_at: Timestamp | None = None
     output: Any = None
     error: str | None = None
     usage: UsageView | None = None
@@ -166,9 +176,9 @@ class ExecutionRecord(ExecutionResult):
     progress: Annotated[float, Field(ge=0, le=100)] = 0
     retry_of: str | None = None
     user_id: str | None = None
-    created_at: AwareDatetime
-    started_at: AwareDatetime | None = None
-    completed_at: AwareDatetime | None = None
+    created_at: Timestamp
+    started_at: Timestamp | None = None
+    completed_at: Timestamp | None = None
     steps: list[StepView] = Field(default_factory=list)
 
 

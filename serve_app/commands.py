@@ -70,6 +70,7 @@ async def _up(settings: Settings) -> int:
     started_s = SystemClock().monotonic_s()
     _check_port(settings)
     settings, is_new_key = _with_secrets(_with_model(settings))
+    _turn_logs(settings)
     async with _store(settings) as settings:
         cluster = LocalCluster(settings)
         try:
@@ -198,8 +199,17 @@ def _with_secrets(settings: Settings) -> tuple[Settings, bool]:
         "cluster_secret": SecretStr(secret),
         "api_key": SecretStr(key or made),
         "dev": is_dev,
+        "log_dir": settings.log_dir or settings.data_dir / "logs",
     }
     return settings.model_copy(update=update), not key
+
+
+def _turn_logs(settings: Settings) -> None:
+    """Begin new logs; the last run's stay beside them as `.1`."""
+    assert settings.log_dir is not None, "set together with the secrets"
+    settings.log_dir.mkdir(parents=True, exist_ok=True)
+    for path in settings.log_dir.glob("*.log"):
+        path.replace(path.with_suffix(".log.1"))
 
 
 def _kept_secret(data_dir: Path) -> str:

@@ -4,7 +4,9 @@ Owns the graph of deployments. `serve run serve_app.main:build_app` and `cluster
 here; `inferpipe up` too.
 """
 
-from ray.serve import Application
+from typing import cast
+
+from ray.serve import Application, Deployment
 
 from deployments.ingress import Ingress
 from deployments.model_replica import ModelReplica
@@ -28,16 +30,25 @@ def build_app(settings: Settings) -> Application:
     for name in ("redis_url", "cluster_secret", "api_key"):
         if not getattr(settings, name).get_secret_value():
             raise ValueError(f"INFERPIPE_{name.upper()} must be set where `inferpipe up` does not")
-    router = RouterDeployment.bind(settings)
-    executor = WorkflowExecutor.options(num_replicas=settings.executor_replicas).bind(
-        settings, router
+    router = _deployment(RouterDeployment).bind(settings)
+    executor = (
+        _deployment(WorkflowExecutor)
+        .options(num_replicas=settings.executor_replicas)
+        .bind(settings, router)
     )
     deployed = [executor]
     if settings.model_replicas:
         # First in the list: the engine takes longest to start.
-        engine = ModelReplica.options(num_replicas=settings.model_replicas).bind(settings)
+        engine = (
+            _deployment(ModelReplica).options(num_replicas=settings.model_replicas).bind(settings)
+        )
         deployed.insert(0, engine)
-    ingress = Ingress.options(
+    ingress = _deployment(Ingress).options(
         num_replicas=settings.ingress_replicas, max_ongoing_requests=settings.requests_max
     )
     return ingress.bind(settings, router, tuple(deployed))
+
+
+def _deployment(decorated: object) -> Deployment:
+    """What `@serve.deployment` makes of a class; its annotations do not say so."""
+    return cast(Deployment, decorated)

@@ -4,7 +4,15 @@ Owns the protocols only. Their implementations stand in `adapters/`, one file pe
 port; tests have their own. Invariant: a port speaks core's values, never a library's.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -106,7 +114,7 @@ class Admission(Protocol):
 class TokenLink(Protocol):
     """Requests go out and token chunks come back, straight between caller and replica."""
 
-    def generate(self, grant: Grant, request: GenerationRequest) -> AsyncIterator[Chunk]:
+    def generate(self, grant: Grant, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream the answer; closing the iterator aborts the generation at the replica.
 
         Deltas that arrived while the consumer was busy come merged as one chunk.

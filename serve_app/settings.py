@@ -47,9 +47,20 @@ class Settings(BaseSettings):
         description="Authenticates the links between our processes; none: one is made and kept in "
         "the data directory. Several hosts must share it.",
     )
+    log_dir: Path | None = Field(
+        None,
+        description="Where each deployment appends its log; none: standard error. `inferpipe up` "
+        "takes `logs` in the data directory.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins a browser may call from, comma-separated."
+    )
+    workflows_dir: Path | None = Field(
+        None, description="A directory of your own definitions (*.yaml), read at start."
+    )
+    timeout_default_ms: int = Field(
+        3_600_000, ge=1, description="Deadline of an execution that names none."
     )
     body_max_bytes: int = Field(10 << 20, ge=1024, description="Largest request body.")
     json_depth_max: int = Field(64, ge=4, le=512, description="Deepest nesting of a JSON body.")
@@ -88,7 +99,9 @@ class Settings(BaseSettings):
     model_replicas: int = Field(1, ge=0, description="Engines; 0: no model plane.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="What vLLM runs on.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights.")
-    context_max: int = Field(2048, ge=64, description="Longest prompt and answer, in tokens.")
+    context_max: int = Field(
+        0, ge=0, description="Longest prompt and answer, in tokens; 0: what the model allows."
+    )
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine.")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory.")
     engine_seqs_max: int = Field(64, ge=1, description="Requests in one engine step.")
@@ -115,6 +128,10 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    def log_path(self, name: str) -> Path | None:
+        """Where a deployment's log goes; None for standard error."""
+        return None if self.log_dir is None else self.log_dir / f"{name}.log"
+
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach us."""
@@ -132,7 +149,7 @@ def read_settings(**given: object) -> Settings:
         return Settings(**given)  # type: ignore[arg-type]
     document = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     if not isinstance(document, dict):
-        raise ValueError(f"{path} holds no mapping of settings")
+        raise ValueError(f"{path} holds no mapping of settings")  # noqa: TRY004 - one kind of error for settings
     from_env = {name for name in Settings.model_fields if f"INFERPIPE_{name.upper()}" in os.environ}
     from_file = {name: value for name, value in document.items() if name not in from_env}
     return Settings(**{**from_file, **given})

@@ -1,11 +1,17 @@
-from cel_expr_python import cel
-from serve_app.core.errors import StepFailedError
 import functools
+
+from cel_expr_python import cel
+
+from serve_app.core.errors import StepFailedError
 
 
 class CelExpressions:
     def __init__(self):
-        self._env = cel.NewEnv(variables={n: cel.Type.DYN for n in ("input", "steps", "event", "execution", "item", "index")})
+        self._env = cel.NewEnv(
+            variables=dict.fromkeys(
+                ("input", "steps", "event", "execution", "item", "index"), cel.Type.DYN
+            )
+        )
         self._compile = functools.lru_cache(4096)(self._env.compile)
 
     def check(self, text):

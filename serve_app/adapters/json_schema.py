@@ -1,4 +1,5 @@
 import jsonschema_rs
+
 from serve_app.core.errors import Problem
 
 

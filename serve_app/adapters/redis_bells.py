@@ -36,7 +36,7 @@ def worker_channels(worker_id: str, partition_count: int) -> tuple[str, ...]:
 class RedisBells:
     """One subscription for the life of a process."""
 
-    def __init__(self, client: "Redis[bytes]", channels: Sequence[str], clock: Clock) -> None:
+    def __init__(self, client: Redis, channels: Sequence[str], clock: Clock) -> None:
         self._client = client
         self._channels = channels
         self._clock = clock
@@ -51,7 +51,7 @@ class RedisBells:
         finally:
             await pubsub.aclose()
 
-    async def _notices(self, pubsub: Any) -> AsyncIterator[Notice]:  # noqa: ANN401 - redis-py's PubSub is untyped
+    async def _notices(self, pubsub: Any) -> AsyncIterator[Notice]:
         while True:
             try:
                 message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=None)
@@ -63,7 +63,7 @@ class RedisBells:
             if message is not None and message["type"] == "smessage":
                 yield _notice(message["channel"], message["data"])
 
-    async def _resubscribe(self, pubsub: Any) -> bool:  # noqa: ANN401 - redis-py's PubSub is untyped
+    async def _resubscribe(self, pubsub: Any) -> bool:
         try:
             await pubsub.connection.disconnect()
             await pubsub.connection.connect()

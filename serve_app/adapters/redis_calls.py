@@ -16,9 +16,13 @@ from redis.asyncio import Redis
 from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
-    ConnectionError as RedisConnectionError,
     ReadOnlyError,
     ResponseError,
+)
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
@@ -47,17 +51,17 @@ Command = tuple[str | bytes | int, ...]
 class RedisCalls:
     """The one connection of this process to one server, shared by all its coroutines."""
 
-    def __init__(self, client: "Redis[bytes]", clock: Clock) -> None:
+    def __init__(self, client: Redis, clock: Clock) -> None:
         self._client = client
         self._clock = clock
         self._waiting: deque[tuple[Command, asyncio.Future[Any]]] = deque()
         self._pump: asyncio.Task[None] | None = None
 
-    async def fcall(self, function: str, key: str, *args: str | bytes | int) -> Any:  # noqa: ANN401 - what the function answers
+    async def fcall(self, function: str, key: str, *args: str | bytes | int) -> Any:
         """Call a function of our library on the slot of `key`."""
         return await self.call("FCALL", function, 1, key, *args)
 
-    async def call(self, *command: str | bytes | int) -> Any:  # noqa: ANN401 - what the server answers
+    async def call(self, *command: str | bytes | int) -> Any:
         """Send one command with the next batch and await its answer.
 
         Raises:

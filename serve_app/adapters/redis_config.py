@@ -54,11 +54,16 @@ class RedisCatalog:
         self._versions: dict[tuple[str, str, int], Workflow] = {}
         self._latest: _Cache[tuple[str, int] | None] = _Cache(clock)
 
-    async def define(self, workspace: str, workflow_id: str, document: object) -> int:
-        """Store a definition; the version it has now."""
+    async def define(self, workspace: str, document: object) -> tuple[str, int]:
+        """Check and store a definition; its id and the version it has now.
+
+        Raises:
+            InvalidWorkflowError: with every problem and its place.
+        """
+        workflow = self._parse(document)
         data = orjson.dumps(document, option=orjson.OPT_SORT_KEYS)
-        version = await self._calls.fcall("ip1_define", CONFIG_KEY, workspace, workflow_id, data)
-        return int(version)
+        version = await self._calls.fcall("ip1_define", CONFIG_KEY, workspace, workflow.id, data)
+        return workflow.id, int(version)
 
     async def latest(self, workspace: str, workflow_id: str) -> tuple[int, Workflow]:
         """See `ports.WorkflowCatalog`."""

@@ -28,7 +28,7 @@ _RETRY_DELAY_S = 0.2
 class RedisReplicas:
     """See `ports.ReplicaRegistry`."""
 
-    def __init__(self, client: "Redis[bytes]", calls: RedisCalls, clock: Clock) -> None:
+    def __init__(self, client: Redis, calls: RedisCalls, clock: Clock) -> None:
         self._client = client
         self._calls = calls
         self._clock = clock
@@ -62,7 +62,7 @@ class RedisReplicas:
         finally:
             await pubsub.aclose()
 
-    async def _stream(self, pubsub: Any) -> AsyncIterator[ReplicaReport]:  # noqa: ANN401 - redis-py's PubSub is untyped
+    async def _stream(self, pubsub: Any) -> AsyncIterator[ReplicaReport]:
         for report in await self.latest():
             yield report
         while True:
@@ -103,7 +103,7 @@ def read_phases(redis_url: str, since_ms: int) -> tuple[ReplicaPhase, ...]:
     return tuple(ReplicaPhase(r.phase, r.detail) for r in reports if r.at_ms >= since_ms)
 
 
-def _report(data: bytes) -> ReplicaReport:
+def _report(data: bytes | str) -> ReplicaReport:
     members: dict[str, Any] = orjson.loads(data)
     load = members.pop("load")
     load["models"] = tuple(load["models"])

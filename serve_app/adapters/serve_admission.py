@@ -4,6 +4,8 @@ Owns the way back of errors: across actors one arrives as a synthesised class, s
 from its code.
 """
 
+from typing import Any, TypeAlias
+
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -17,6 +19,9 @@ from serve_app.core.errors import (
 )
 from serve_app.core.inference import AdmitRequest, Grant
 
+# What answers cannot be told from a handle's type, so the calls below say what they expect.
+Handle: TypeAlias = DeploymentHandle[Any]
+
 _BY_CODE: dict[ErrorCode, type[ServeAppError]] = {
     ErrorCode.MODEL_NOT_AVAILABLE: ModelNotAvailableError,
     ErrorCode.NO_HOSTS_AVAILABLE: NoHostsAvailableError,
@@ -26,7 +31,7 @@ _BY_CODE: dict[ErrorCode, type[ServeAppError]] = {
 class ServeAdmission:
     """See `ports.Admission`."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
 
     async def admit(self, request: AdmitRequest) -> Grant:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from pathlib import Path
 from types import MappingProxyType
 
 import orjson
@@ -41,17 +42,24 @@ def log_context(**fields: object) -> Iterator[None]:
         _context.reset(token)
 
 
-def configure_logging(level: str, *, json: bool) -> None:
-    """Send this process's logs to standard error; call it again to change level or format.
+def configure_logging(level: str, *, json: bool, path: Path | None = None) -> None:
+    """Send this process's logs to a file, or to standard error; call it again to change them.
 
     Args:
         level: a name that `logging` knows, such as "INFO".
         json: one JSON object per line; else text for a person.
+        path: appended to; its folder is made. None: the process's first standard error, because
+            Serve puts a logger of its own in the place of `sys.stderr`.
 
     Raises:
         ValueError: the level is unknown.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler
+    if path is None:
+        handler = logging.StreamHandler(sys.__stderr__)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.set_name(_HANDLER_NAME)
     handler.setFormatter(JsonFormatter() if json else TextFormatter())
     root = logging.getLogger()

@@ -117,6 +117,7 @@ class VllmEngine:
             vllm.AsyncEngineArgs(**_engine_arguments(settings)),
             stat_loggers=[_step_logger_type(step_ended)],
         )
+        _drop_front_statistics(llm)
         engine = cls(llm, vllm, settings, clock)
         return engine
 
@@ -180,6 +181,10 @@ class VllmEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if (handler := self._llm.output_handler) is not None:
+            # Ended before its socket, or it logs the end as a failure.
+            handler.cancel()
+            await asyncio.gather(handler, return_exceptions=True)
         await asyncio.to_thread(self._llm.shutdown)
 
     async def _run(self, generation: Generation) -> None:
@@ -197,9 +202,12 @@ class VllmEngine:
         except Exception:
             if self._llm.errored:
                 generation.end(ConnectionFailedError("the engine is dead"))
-                return
-            logger.exception("a generation could not start")
-            generation.end(ServeAppError("the engine failed on this request"))
+            else:
+                logger.exception("a generation could not start")
+                generation.end(ServeAppError("the engine failed on this request"))
+            if generation.is_in_engine:
+                # vLLM registers a request before it sends it, so half of it may be there.
+                await self._llm.abort(generation.internal_id, internal=True)
 
     async def _prepare(self, request: GenerationRequest) -> Any:
         self._prompts.check(request)
@@ -269,6 +277,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     }
     if settings.device == "cpu":
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+        arguments["worker_cls"] = "serve_app.adapters.vllm_worker.SeedSafeWorker"
     else:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     return arguments
@@ -285,6 +294,20 @@ def _set_environment(settings: EngineSettings) -> None:
             for index in range(min(settings.cpu_threads, len(cores)))
         ]
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, chosen))
+
+
+def _drop_front_statistics(llm: Any) -> None:
+    """Keep the engine core's statistics, one message per step, and drop the front's, per token.
+
+    Nobody reads the latter, and they cost 4 of 15 µs of CPU per token (64 streams of a 0.85 M
+    model, 2 cores, November 2026).
+    """
+    llm.log_stats = False
+    llm.output_processor.log_stats = False
+    if llm.output_handler is not None:  # started with the statistics on; it has not run yet
+        llm.output_handler.cancel()
+        llm.output_handler = None
+        llm._run_output_handler()  # noqa: SLF001
 
 
 def _step_logger_type(step_ended: Callable[[float | None], None]) -> type:

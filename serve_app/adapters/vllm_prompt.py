@@ -41,6 +41,10 @@ class PromptMaker:
             raise ModelNotAvailableError(
                 f"no model {request.model!r} here; available: {self._served_name}"
             )
+        for name, number in (("seed", request.seed or 0), ("priority", request.priority)):
+            # Found out later, the number would break the message to the engine's process.
+            if not -(2**63) <= number < 2**63:
+                raise InvalidPromptError(f"{name} must fit into 64 bits")
         size = chars_of(request)
         if size == 0:
             raise InvalidPromptError("the prompt is empty")

@@ -30,7 +30,7 @@ from serve_app.core.execution import (
     StepState,
     StepStatus,
 )
-from serve_app.core.inference import JsonValue, Usage
+from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.retry import retry_delay_ms
 from serve_app.core.template import render
 from serve_app.core.workflow import Step, Workflow, ready_steps
@@ -64,7 +64,7 @@ class StepFinished:
     step_id: str
     attempt: int
     output: JsonValue
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class StepErrored:
     error: str
     code: str = ErrorCode.STEP_FAILED
     is_retryable: bool = True
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
 
 
 Fact = ChunkArrived | StepFinished | StepErrored
@@ -111,8 +111,7 @@ def record(
 ) -> tuple[Event, ...]:
     """Turn what a step run reported into events; a report of a void attempt gives none.
 
-    Args:
-        jitter: in [0, 1), drawn by the caller.
+    `jitter` is in [0, 1), drawn by the caller.
     """
     step = execution.steps.get(fact.step_id)
     if step is None or step.status is not StepStatus.RUNNING or step.attempt != fact.attempt:
@@ -239,13 +238,13 @@ def _after_error(
     )
 
 
-def _after_loss(  # noqa: PLR0913 - the members of the event, one by one
+def _after_loss(
     execution: Execution,
     step_id: str,
     step: StepState,
     error: str,
     now_ms: int,
-    usage: Usage = Usage(),  # noqa: B008 - frozen
+    usage: Usage = NO_USAGE,
 ) -> Event:
     """The same attempt again: a dead worker or replica is not the user's retry."""
     if step.losses >= LOSSES_MAX:
@@ -281,7 +280,7 @@ def _end(execution: Execution, now_ms: int) -> Event:
 
 
 def _cut_off(step_id: str, code: str, now_ms: int, usage: Usage | None = None) -> StepFailed:
-    return StepFailed(now_ms, step_id, "aborted", code, usage or Usage())
+    return StepFailed(now_ms, step_id, "aborted", code, usage or NO_USAGE)
 
 
 def _starts(

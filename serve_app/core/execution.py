@@ -12,8 +12,8 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from serve_app.core.errors import IllegalTransitionError
-from serve_app.core.inference import JsonValue, Usage
-from serve_app.core.retry import RetryPolicy
+from serve_app.core.inference import NO_USAGE, JsonValue, Usage
+from serve_app.core.retry import NO_RETRY, RetryPolicy
 
 
 class Status(StrEnum):
@@ -62,7 +62,7 @@ class ExecutionCreated:
     metadata: Mapping[str, JsonValue] = field(default_factory=dict)
     user_id: str | None = None
     timeout_ms: int | None = None
-    retry: RetryPolicy = RetryPolicy()
+    retry: RetryPolicy = NO_RETRY
     priority: int = 0
     retry_of: str | None = None
     request_hash: str | None = None
@@ -106,7 +106,7 @@ class StepCompleted:
     at_ms: int
     step_id: str
     output: JsonValue
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class StepRetrying:
     execution_attempt: int
     wake_at_ms: int
     error: str
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class StepFailed:
     step_id: str
     error: str
     error_code: str
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +273,7 @@ class StepState:
     completed_at_ms: int | None = None
     output: JsonValue = None
     error: str | None = None
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
     wake_at_ms: int | None = None
     losses: int = 0
 
@@ -329,7 +329,7 @@ def evolve(execution: Execution, event: Event) -> Execution:
     return _with_execution(moved, event)
 
 
-def _with_execution(execution: Execution, event: Event) -> Execution:
+def _with_execution(execution: Execution, event: Event) -> Execution:  # noqa: PLR0911 - one return per event
     match event:
         case ExecutionStarted(at_ms=at_ms):
             return replace(execution, started_at_ms=at_ms)

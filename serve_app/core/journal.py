@@ -83,7 +83,7 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Others appended first (or this very commit is in already, `is_ours`): fold and decide again."""
+    """Others appended first, or (`is_ours`) this very commit is in: fold and decide again."""
 
     missed: tuple[StoredEvent, ...]
     is_ours: bool
@@ -134,7 +134,7 @@ class Assigned:
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """Notice: events `first_seq` to `last_seq` are in; `events` is empty when they are too large."""
+    """Notice: events `first_seq` to `last_seq` are in; too large ones are left out of `events`."""
 
     execution_id: str
     first_seq: int

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from serve_app.core.errors import InvalidWorkflowError, Problem
 from serve_app.core.retry import RetryPolicy
 
 
@@ -40,11 +39,33 @@ def parse_workflow(document, *, check_expression, check_schema, step_checks):
         kind = next(k for k in raw if k in step_checks)
         needs = tuple(raw.get("needs", prev))
         r = raw.get("retry")
-        steps.append(Step(raw["id"], kind, raw[kind], needs, raw.get("when"), RetryPolicy(attempts=r["attempts"]) if r else None, raw.get("timeout")))
+        steps.append(
+            Step(
+                raw["id"],
+                kind,
+                raw[kind],
+                needs,
+                raw.get("when"),
+                RetryPolicy(attempts=r["attempts"]) if r else None,
+                raw.get("timeout"),
+            )
+        )
         prev = (raw["id"],)
     r = document.get("retry")
-    return Workflow(document["id"], document.get("description", ""), document.get("input"), document.get("output"), "output" in document, None, RetryPolicy(attempts=r["attempts"]) if r else RetryPolicy(), tuple(steps), document)
+    return Workflow(
+        document["id"],
+        document.get("description", ""),
+        document.get("input"),
+        document.get("output"),
+        "output" in document,
+        None,
+        RetryPolicy(attempts=r["attempts"]) if r else RetryPolicy(),
+        tuple(steps),
+        document,
+    )
 
 
 def ready_steps(workflow, done, started):
-    return tuple(s for s in workflow.steps if s.id not in started and all(n in done for n in s.needs))
+    return tuple(
+        s for s in workflow.steps if s.id not in started and all(n in done for n in s.needs)
+    )

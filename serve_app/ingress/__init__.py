@@ -1,0 +1,1 @@
+"""HTTP: the one application, its surfaces and its error answers."""

@@ -44,6 +44,7 @@ class Services:
     entropy: Entropy
     settings: Settings
     version: str
+    is_behind_serve: bool = True
 
 
 class _HttpError(ServeAppError):
@@ -80,7 +81,12 @@ def create_app(services: Services) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Execution-Id", "Idempotency-Replayed"],
         )
-    app.add_middleware(_RequestIds, entropy=services.entropy, clock=services.clock)
+    app.add_middleware(
+        _RequestIds,
+        entropy=services.entropy,
+        clock=services.clock,
+        is_behind_serve=services.is_behind_serve,
+    )
     return app
 
 
@@ -105,8 +111,11 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 class _RequestIds:
     """Takes or makes X-Request-Id, echoes it, logs the request, and answers what nobody caught."""
 
-    def __init__(self, app: ASGIApp, entropy: Entropy, clock: Clock) -> None:
+    def __init__(
+        self, app: ASGIApp, entropy: Entropy, clock: Clock, *, is_behind_serve: bool
+    ) -> None:
         self._app = app
+        self._is_behind_serve = is_behind_serve
         self._entropy = entropy
         self._clock = clock
 
@@ -115,6 +124,8 @@ class _RequestIds:
             await self._app(scope, receive, send)
             return
         request_id = _sent_id(scope) or self._entropy.token()
+        # Serve's own middleware echoes an id that it sent on to us; ours would stand beside it.
+        is_echoed = self._is_behind_serve and _sent_id(scope) is not None
         scope.setdefault("state", {})["request_id"] = request_id
         started_s = self._clock.monotonic_s()
         status = 0
@@ -123,10 +134,9 @@ class _RequestIds:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", request_id.encode()),
-                ]
+                if not is_echoed:
+                    name = (b"x-request-id", request_id.encode())
+                    message["headers"] = [*message.get("headers", ()), name]
             await send(message)
 
         try:

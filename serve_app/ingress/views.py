@@ -85,8 +85,7 @@ def usage_view(usage: Usage) -> dict[str, int]:
 def render_sse(stored: StoredEvent, execution: Execution) -> bytes | None:
     """One event as SSE bytes; None for what is not shown to clients.
 
-    Args:
-        execution: the state after the event.
+    `execution` is the state after the event.
     """
     shown = _shown(stored.event, execution)
     if shown is None:
@@ -107,7 +106,7 @@ def render_gap(requested: int, last_seq: int, execution: Execution, now_ms: int)
     return encode_sse("gap", orjson.dumps(data), None)
 
 
-def _shown(event: Event, execution: Execution) -> dict[str, object] | None:
+def _shown(event: Event, execution: Execution) -> dict[str, object] | None:  # noqa: PLR0911 - one return per event
     match event:
         case ChunkEmitted(text=text, step_id=step_id):
             return {"data": text, "step": step_id}

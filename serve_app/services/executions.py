@@ -66,7 +66,7 @@ class Started:
 class Executions:
     """The use cases over one store and one hub."""
 
-    def __init__(  # noqa: PLR0913 - one argument per port
+    def __init__(
         self,
         store: ExecutionStore,
         catalog: WorkflowCatalog,
@@ -74,6 +74,7 @@ class Executions:
         feeds: Feeds,
         clock: Clock,
         entropy: Entropy,
+        timeout_default_ms: int,
     ) -> None:
         self._store = store
         self._catalog = catalog
@@ -81,6 +82,7 @@ class Executions:
         self._feeds = feeds
         self._clock = clock
         self._entropy = entropy
+        self._timeout_default_ms = timeout_default_ms
 
     async def start(self, submission: Submission) -> Started:
         """Accept an execution; durable when this returns.
@@ -150,16 +152,14 @@ class Executions:
         return await self.load(workspace, an_execution_id)
 
     async def _prepare(self, submission: Submission) -> Execution:
-        version, workflow = await self._catalog.latest(
-            submission.workspace, submission.workflow_id
-        )
+        version, workflow = await self._catalog.latest(submission.workspace, submission.workflow_id)
         if workflow.input_schema is not None:
             problems = self._schemas.problems(workflow.input_schema, submission.input)
             if problems:
                 raise InvalidInputError(
                     f"input does not satisfy the schema of {submission.workflow_id}", problems
                 )
-        timeout_ms = workflow.timeout_ms if submission.timeout_ms is None else submission.timeout_ms
+        timeout_ms = submission.timeout_ms or workflow.timeout_ms or self._timeout_default_ms
         created = ExecutionCreated(
             at_ms=self._clock.now_ms(),
             workspace=submission.workspace,

@@ -162,8 +162,10 @@ class Feeds:
             match notice:
                 case Appended(execution_id=execution_id, last_seq=last_seq, events=events):
                     feed = self._feeds.get(execution_id)
-                    if feed is not None and last_seq > feed.execution.seq and not (
-                        events and feed.fold(events)
+                    if (
+                        feed is not None
+                        and last_seq > feed.execution.seq
+                        and not (events and feed.fold(events))
                     ):
                         self._is_late(execution_id)
                 case Resubscribed():

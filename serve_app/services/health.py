@@ -56,7 +56,7 @@ class Health:
             logger.warning("health: %s", error)
             down = MappingProxyType({"status": "down", "detail": str(error)})
             return HealthSample("unhealthy", MappingProxyType({"redis": down}))
-        services = {
+        services: dict[str, dict[str, object]] = {
             "redis": {"status": "up"},
             "workflow_engine": {"status": "up" if workers else "down", "workers": workers},
             "models": self._models(reports),
@@ -77,9 +77,7 @@ class Health:
         if ready:
             names = sorted({model for r in ready for model in r.load.models})
             return {"status": "up", "replicas": len(ready), "models": names}
-        failed = [
-            r for r in reports if r.phase == "failed" and now_ms - r.at_ms < FAILED_SHOWN_MS
-        ]
+        failed = [r for r in reports if r.phase == "failed" and now_ms - r.at_ms < FAILED_SHOWN_MS]
         if failed:
             return {"status": "failed", "replicas": 0, "detail": failed[-1].detail}
         return {"status": "starting", "replicas": 0}

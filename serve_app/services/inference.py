@@ -5,7 +5,7 @@ token through it. Invariant: leaving the iterator early, for whatever reason, ab
 down to the engine.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ class Inference:
         self._admission = admission
         self._link = link
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream the answer; every chunk carries the usage so far.
 
         Raises:
@@ -44,11 +44,12 @@ class Inference:
                     async for chunk in chunks:
                         has_begun = True
                         yield chunk
-                return
             except ConnectionFailedError:
                 lost.append(grant.replica_id)
                 if has_begun or len(lost) >= REPLICAS_TRIED_MAX:
                     raise
+            else:
+                return
 
     async def _admit(self, request: GenerationRequest, lost: tuple[str, ...]) -> Grant:
         wanted = AdmitRequest(request.request_id, request.model, _token_count(request), lost)
@@ -59,7 +60,9 @@ class Inference:
                 raise ConnectionFailedError("the replica was lost and no other has room") from error
             raise
 
-    async def _metered(self, grant: Grant, request: GenerationRequest) -> AsyncIterator[Chunk]:
+    async def _metered(
+        self, grant: Grant, request: GenerationRequest
+    ) -> AsyncGenerator[Chunk, None]:
         reported = Usage()
         completion_tokens = 0
         async with aclosing(self._link.generate(grant, request)) as chunks:

@@ -31,7 +31,7 @@ from serve_app.core.errors import (
     StoreUnavailableError,
 )
 from serve_app.core.execution import Event, Execution, Status, StepStarted, StepStatus, evolve
-from serve_app.core.inference import Usage
+from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.journal import Appended, Commit, Committed, Conflict, Owned, Stale, StoredEvent
 from serve_app.core.template import render
 from serve_app.core.workflow import Workflow
@@ -75,7 +75,7 @@ class _StepTask:
 
     attempt: int
     task: "asyncio.Task[None]"
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
 
 
 class Driver:
@@ -153,7 +153,7 @@ class Driver:
             output = step_type.compute(self._call(plan.after, started.step_id, started.attempt))
             fact = StepFinished(started.step_id, started.attempt, output)
         except ServeAppError as error:
-            fact = _errored(started.step_id, started.attempt, error, Usage())
+            fact = _errored(started.step_id, started.attempt, error, NO_USAGE)
         plan.add(self._recorded(plan.after, fact, now_ms))
 
     def _recorded(self, execution: Execution, fact: Fact, now_ms: int) -> tuple[Event, ...]:
@@ -221,17 +221,18 @@ class Driver:
         except asyncio.CancelledError:
             fact = StepErrored(step_id, attempt, "aborted", ErrorCode.CANCELLED)
         except ServeAppError as error:
-            fact = _errored(step_id, attempt, error, Usage())
+            fact = _errored(step_id, attempt, error, NO_USAGE)
         except Exception:  # a fault of a step type must end the step, not the worker
             logger.exception(
                 "step broke", extra={"execution_id": self.execution.id, "step_id": step_id}
             )
             fact = StepErrored(step_id, attempt, "internal error in the step", ErrorCode.INTERNAL)
-        running = self._tasks.pop(step_id)
-        self._facts.append(_with_usage(fact, running.usage))
-        self._wake.set()
+        running = self._tasks.pop(step_id, None)
+        if running is not None:  # else it was given up after an abort, and is recorded already
+            self._facts.append(_with_usage(fact, running.usage))
+            self._wake.set()
 
-    async def _output(self, step_id: str, attempt: int) -> object:
+    async def _output(self, step_id: str, attempt: int) -> JsonValue:
         step = self._workflow.step(step_id)
         run = self._runtime.step_types[step.type].run
         assert run is not None, "a pure step is computed, never run"
@@ -246,9 +247,7 @@ class Driver:
     def _call(self, execution: Execution, step_id: str, attempt: int) -> StepCall:
         scope = scope_of(execution)
         evaluate = self._runtime.expressions.evaluate
-        settings = render(
-            self._workflow.step(step_id).settings, lambda text: evaluate(text, scope)
-        )
+        settings = render(self._workflow.step(step_id).settings, lambda text: evaluate(text, scope))
         return StepCall(
             execution_id=execution.id,
             step_id=step_id,
@@ -278,10 +277,19 @@ class Driver:
             self._tasks[step_id].usage = usage
 
     async def _abort_steps(self) -> None:
-        tasks = [running.task for running in self._tasks.values()]
+        """Cancel what runs and wait for what it reports; whatever is left then counts as aborted.
+
+        A task that is cancelled before its first turn never runs, so it never reports either.
+        """
+        aborted = self._tasks
+        tasks = [running.task for running in aborted.values()]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=ABORT_WAIT_S)
+        for step_id, running in tuple(aborted.items()):
+            fact = StepErrored(step_id, running.attempt, "aborted", ErrorCode.CANCELLED)
+            self._facts.append(_with_usage(fact, running.usage))
+        aborted.clear()
 
     async def _wait(self, now_ms: int) -> None:
         wakes = (next_wake_ms(self.execution), self.execution.wake_at_ms)

@@ -6,6 +6,7 @@ with an `output_schema` is recorded only when it is whole and parses.
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -39,7 +40,7 @@ class _Settings(BaseModel):
     max_tokens: int = Field(default=MAX_TOKENS_DEFAULT, ge=1)
     stop: list[str] | str = Field(default_factory=list)
     seed: int | None = None
-    output_schema: dict[str, object] | None = None
+    output_schema: dict[str, Any] | None = None
 
     def turns(self) -> tuple[Message, ...]:
         if self.messages is not None:

@@ -40,7 +40,10 @@ def next_events(status: Status) -> tuple[tuple[Event, ...], ...]:
     """Legal continuations of a status, one of which a worker commits."""
     run = (StepStarted(1, "s", 1), StepCompleted(2, "s", {"text": "é", "n": 1.5}))
     return {
-        Status.PENDING: ((ExecutionStarted(1), *run), (ExecutionStarted(1), StepStarted(1, "s", 1))),
+        Status.PENDING: (
+            (ExecutionStarted(1), *run),
+            (ExecutionStarted(1), StepStarted(1, "s", 1)),
+        ),
         Status.RUNNING: (
             (ExecutionCompleted(9, [1, None, "x"]),),
             (ExecutionParked(3, FAR_MS),),
@@ -233,7 +236,9 @@ class StoreMachine(RuleBasedStateMachine):
     def queues_agree(self) -> None:
         prefix = f"ip:{{{PARTITION}}}"
         ready = {m.decode() for m in self.run(self.bench.client.zrange(f"{prefix}:ready", 0, -1))}
-        assert ready == {eid for eid, j in self.model.journals.items() if j.is_ready and not j.owner}
+        assert ready == {
+            eid for eid, j in self.model.journals.items() if j.is_ready and not j.owner
+        }
         for worker in WORKERS:
             owned = self.run(self.bench.client.smembers(f"{prefix}:owned:{worker}"))
             assert {m.decode() for m in owned} == self.model.owned_by(worker)

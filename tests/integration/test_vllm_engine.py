@@ -1,4 +1,4 @@
-"""The vLLM engine with a tiny random model: one engine (about 25 s to start) for the whole module."""
+"""The vLLM engine with a tiny random model: one engine, about 25 s to start, for all tests."""
 
 import asyncio
 import json
@@ -149,6 +149,21 @@ async def test_seeded_answers_repeat_and_other_seeds_differ(engine: VllmEngine) 
     assert ids[0] == ids[1] != ids[2]
 
 
+async def test_seeds_survive_cut_prompts(engine: VllmEngine) -> None:
+    """More prompt tokens at once than a step takes, so that vLLM cuts some prompts in two."""
+
+    def seeded(name: str) -> GenerationRequest:
+        long = (Message("user", f"{name[-2:]} " + "a different start " * 25),)
+        return request(name, messages=long, temperature=1.0, seed=int(name[-2:]), max_tokens=8)
+
+    alone = [(await complete(engine, seeded(f"alone {n:02}"))).token_ids for n in range(40)]
+    await engine._llm.reset_prefix_cache()
+    crowd = [ask(engine, seeded(f"crowd {n:02}")) for n in range(40)]
+    for answer in crowd:
+        await answer.ended()
+    assert [answer.token_ids for answer in crowd] == alone
+
+
 async def test_without_max_tokens_the_context_is_the_limit(engine: VllmEngine) -> None:
     last = await (await complete(engine, request("open", max_tokens=None))).ended()
     assert last.usage is not None
@@ -200,6 +215,9 @@ async def test_answer_satisfies_the_schema(engine: VllmEngine, schema: dict[str,
         ({"top_p": 0.0}, InvalidPromptError, "top_p"),
         ({"max_tokens": 0}, InvalidPromptError, "max_tokens"),
         ({"seed": 2**70}, InvalidPromptError, "seed"),
+        ({"priority": -(2**63) - 1}, InvalidPromptError, "priority"),
+        ({"temperature": float("nan")}, InvalidPromptError, "temperature"),
+        ({"top_p": float("nan")}, InvalidPromptError, "top_p"),
         ({"model": "other"}, ModelNotAvailableError, "available: tiny"),
     ],
 )
@@ -290,6 +308,21 @@ async def test_emit_that_fails_hurts_no_other(engine: VllmEngine) -> None:
     engine.submit(request("broken"), broken)
     await complete(engine, request("whole"))
     await until_idle(engine)
+
+
+async def test_request_that_cannot_be_sent_is_forgotten(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(_: object) -> None:
+        raise OverflowError("a number that does not fit")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._llm.engine_core, "add_request_async", refuse)
+        answer = ask(engine, request("unsent"))
+        with pytest.raises(ServeAppError, match="failed on this request"):
+            await answer.ended()
+    await until_idle(engine)
+    assert answer.last_count == 1
 
 
 async def test_load_and_health_follow_the_steps(engine: VllmEngine) -> None:

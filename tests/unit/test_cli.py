@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from inferpipe import InferPipe, cli
+from inferpipe import InferPipe, __version__, cli
 from inferpipe.wire import encode_sse
 
 RESULT = {"id": "e1", "status": "completed", "data": {"sentiment": "positive"}, "workflowId": "w",
@@ -182,7 +182,10 @@ def test_wrong_value_exits_with_2_and_sends_nothing(
     "argv", [(), ("run",), ("run", "w", "--stream", "--async"), ("run", "w", "--nope"),
              ("run", "w", "--timeout", "1s"), ("executions",), ("frobnicate",)]
 )  # fmt: skip
-def test_wrong_usage_exits_with_2(argv: tuple[str, ...], capsys: Output) -> None:
+def test_wrong_usage_exits_with_2(
+    argv: tuple[str, ...], install: Callable[..., None], capsys: Output
+) -> None:
+    install(Entry("up", broken))
     with pytest.raises(SystemExit) as caught:
         Server().main(*argv)
     assert caught.value.code == 2
@@ -346,7 +349,7 @@ def test_own_commands_do_not_look_for_server_commands(
     assert Server(stream_of(ending())).main("run", "w") == 0
     with pytest.raises(SystemExit):
         cli.main(["--version"])
-    assert capsys.readouterr().out.endswith("inferpipe 0.1.0\n")
+    assert capsys.readouterr().out.endswith(f"inferpipe {__version__}\n")
 
 
 def test_reader_of_stdout_that_leaves_cancels(

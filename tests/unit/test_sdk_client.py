@@ -43,7 +43,7 @@ class Server:
         self.requests.append(request)
         outcome = self.outcomes[min(len(self.requests), len(self.outcomes)) - 1]
         if isinstance(outcome, Exception):
-            raise outcome
+            raise type(outcome)(*outcome.args)
         # A response is used up by one client; the script is shared by two and by retries.
         return httpx.Response(outcome.status_code, headers=outcome.headers, content=outcome.content)
 

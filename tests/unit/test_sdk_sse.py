@@ -35,6 +35,7 @@ def event(data: str, name: str = "message", event_id: str | None = None) -> Serv
         (b"data:test\n\ndata: test\n\n", [event("test"), event("test")]),
         # Line ends, alone and mixed.
         (b"data: a\r\n\r\ndata: b\r\rdata: c\n\n", [event("a"), event("b"), event("c")]),
+        (b"data: a\r\ndata: b\r\n\r\n", [event("a\nb")]),
         (b"data: a\rdata: b\ndata: c\r\n\n", [event("a\nb\nc")]),
         # A byte order mark counts at the start only.
         (b"\xef\xbb\xbfdata: a\n\n", [event("a")]),

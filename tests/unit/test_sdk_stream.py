@@ -42,6 +42,11 @@ def journal(status: str = "completed") -> list[bytes]:
     ]
 
 
+def afresh(error: Exception) -> Exception:
+    # The same exception raised thousands of times would keep the frames of every time.
+    return type(error)(*error.args)
+
+
 class CutBody(httpx.SyncByteStream, httpx.AsyncByteStream):
     """Gives the bytes in small pieces up to the cut, then ends, cleanly or with an error."""
 
@@ -52,7 +57,7 @@ class CutBody(httpx.SyncByteStream, httpx.AsyncByteStream):
     def __iter__(self) -> Iterator[bytes]:
         yield from self.pieces
         if self.error is not None:
-            raise self.error
+            raise afresh(self.error)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self:
@@ -79,7 +84,7 @@ class Server:
         content = b": keep-alive\n\n" + b"".join(self.events[cursor:])
         planned = self.plan.pop(0) if self.plan else len(content)
         if isinstance(planned, Exception):
-            raise planned
+            raise afresh(planned)
         if isinstance(planned, httpx.Response):
             # A response is used up by one client; a plan may be drawn for both.
             return httpx.Response(
@@ -294,6 +299,53 @@ def test_connection_is_given_back_however_the_stream_is_left() -> None:
             for _ in stream:
                 break
         assert len(closed) == 3
+
+
+@kinds
+@pytest.mark.parametrize("content_type", ["text/event-stream", "text/html"])
+def test_no_connection_is_left_open(kind: str, content_type: str) -> None:
+    still_open = []
+
+    class Body(CutBody):
+        def close(self) -> None:
+            still_open.remove(self)
+
+        async def aclose(self) -> None:
+            self.close()
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        assert not still_open
+        still_open.append(Body(b": hi\n\n", 50, None))
+        headers = {"content-type": content_type, "x-execution-id": "e1"}
+        return httpx.Response(200, headers=headers, stream=still_open[0])
+
+    async def no_sleep(_: float) -> None:
+        pass
+
+    transport = httpx.MockTransport(answer)
+    stream: Any
+    if kind == "sync":
+        stream = InferPipe(transport=transport, sleep=lambda _: None).execute_stream("w", {})
+        with pytest.raises(InferPipeError), stream:
+            list(stream)
+    else:
+        stream = AsyncInferPipe(transport=transport, sleep=no_sleep).execute_stream("w", {})
+
+        async def follow_async() -> None:
+            async with stream:
+                [chunk async for chunk in stream]
+
+        with pytest.raises(InferPipeError):
+            asyncio.run(follow_async())
+    assert not still_open
+
+
+@kinds
+def test_reconnect_heeds_retry_after(kind: str) -> None:
+    busy = [httpx.Response(503, headers={"retry-after": asked}) for asked in ("7", "3600")]
+    server = Server([0, *busy])
+    assert follow(server, kind) == list(range(1, 12))
+    assert server.slept == [0.25, 7.0, 0.5, 60.0, 1.0]
 
 
 def test_execution_id_may_come_with_the_first_event() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -77,7 +77,7 @@ def test_execute_request_has_these_defaults() -> None:
         ("unknown", 1, False),
     ],
 )
-def test_execute_request_bounds(member: str, value: object, is_valid: bool) -> None:  # noqa: FBT001 - a table
+def test_execute_request_bounds(member: str, value: object, is_valid: bool) -> None:
     body = json.dumps({**BODY, member: value})
     if is_valid:
         ExecuteRequest.model_validate_json(body)
@@ -111,6 +111,19 @@ def test_execution_record_adds_its_members_and_writes_utc() -> None:
         "progress", "retryOf", "userId", "createdAt", "startedAt", "completedAt", "steps"
     }  # fmt: skip
     assert dump["createdAt"] == "2026-11-21T05:24:00Z"
+
+
+@pytest.mark.parametrize("text", ["2026-11-21T05:24:00Z", "2026-11-21T07:24:00+02:00"])
+def test_timestamps_are_utc_in_pythons_own_zone(text: str) -> None:
+    body = {**RESULT.model_dump(), "createdAt": text}
+    created_at = ExecutionRecord.model_validate_json(json.dumps(body)).created_at
+    assert created_at == datetime(2026, 11, 21, 7, 24, tzinfo=timezone(timedelta(hours=2)))
+    assert created_at.tzinfo is UTC
+
+
+def test_timestamp_without_a_zone_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        ExecutionRecord.model_validate({**RESULT.model_dump(), "createdAt": "2026-11-21T05:24:00"})
 
 
 def test_answers_ignore_members_of_later_servers() -> None:

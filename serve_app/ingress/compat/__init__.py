@@ -1,0 +1,1 @@
+"""Foreign contracts, one file each."""

@@ -7,20 +7,29 @@ without an Idempotency-Key cancels the work down to the engine.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import orjson
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from inferpipe.wire import ExecuteRequest, ExecutionInfo, ExecutionRecord, ExecutionResult, Problem
+from inferpipe import wire
+from inferpipe.wire import (
+    ExecuteRequest,
+    ExecutionInfo,
+    ExecutionRecord,
+    ExecutionResult,
+    RetryConfig,
+)
 from serve_app.core.auth import Scope
 from serve_app.core.errors import (
     AlreadyTerminalError,
     InvalidCursorError,
     InvalidRequestError,
+    Problem,
     UnknownWorkflowError,
 )
 from serve_app.core.execution import Execution
@@ -41,7 +50,7 @@ router = APIRouter(prefix="/v1", tags=["executions"])
 _KEY_MAX = 255
 _SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _ERRORS: dict[int | str, dict[str, object]] = {
-    status: {"model": Problem, "description": text}
+    status: {"model": wire.Problem, "description": text}
     for status, text in {
         400: "Not JSON, or not a cursor",
         401: "No key, or an unknown one",
@@ -190,6 +199,10 @@ async def _submission(request: Request, services: Services) -> Submission:
     body = await read_body(request, settings.body_max_bytes)
     value = parse_json(body, settings.json_depth_max)
     wish = validate(ExecuteRequest, value)
+    if wish.cache is not None:
+        raise InvalidRequestError(
+            "this release keeps no result cache", [Problem(("body", "cache"), "leave it out")]
+        )
     key = _idempotency_key(request)
     retry = wish.retry_config
     return Submission(
@@ -197,13 +210,7 @@ async def _submission(request: Request, services: Services) -> Submission:
         workflow_id=wish.workflow_id,
         input=wish.input,
         timeout_ms=wish.timeout,
-        retry=None
-        if retry is None
-        else RetryPolicy(
-            attempts=retry.attempts,
-            backoff=Backoff(retry.backoff),
-            max_delay_ms=retry.max_delay,
-        ),
+        retry=None if retry is None else _retry_policy(retry),
         metadata=wish.metadata or {},
         user_id=wish.user_id,
         priority=wish.priority or 0,
@@ -211,6 +218,15 @@ async def _submission(request: Request, services: Services) -> Submission:
         idempotency_scope=request.url.path,
         request_hash=None if key is None else _hash(value),
     )
+
+
+def _retry_policy(wish: RetryConfig) -> RetryPolicy:
+    policy = RetryPolicy(attempts=wish.attempts)
+    if wish.backoff is not None:
+        policy = replace(policy, backoff=Backoff(wish.backoff))
+    if wish.max_delay is not None:
+        policy = replace(policy, max_delay_ms=wish.max_delay)
+    return policy
 
 
 def _idempotency_key(request: Request) -> str | None:
@@ -259,10 +275,13 @@ def _stream(
     return StreamingResponse(frames(), 200, {**_SSE_HEADERS, **headers}, "text/event-stream")
 
 
-async def _unless_gone(request: Request, work: Awaitable[Execution]) -> Execution | None:
+async def _unless_gone(
+    request: Request, work: Coroutine[object, object, Execution]
+) -> Execution | None:
     """The work's result; None when the caller has gone away before."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request))
+    loop = asyncio.get_running_loop()
+    working = loop.create_task(work)
+    leaving = loop.create_task(_gone(request))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
@@ -292,5 +311,3 @@ def _started_headers(started: Started) -> dict[str, str]:
 
 def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(orjson.dumps(value), status, headers, "application/json")
-
-
