@@ -5,13 +5,13 @@ Downloads nothing and starts no engine. Invariant: a model's directory appears u
 only when it is complete, so a kill in the middle of a conversion leaves nothing half done.
 """
 
+import fcntl
 import importlib
 import importlib.util
 import json
 import logging
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ class ModelFilesError(Exception):
 def prepare_default_model(data_dir: Path) -> Path:
     """Return the directory of the default model, converting the bundled weights on first use.
 
-    Takes about 20 s and 0.3 GB of disk once; later calls return at once. Two processes may do it at
-    the same time: the first rename wins, the other one drops its copy.
+    Takes about 25 s and 0.3 GB of disk once; later calls return at once. A second process waits for
+    the first one's result.
 
     Raises:
         ModelFilesError: the package with the weights, or what reads them, is not installed.
@@ -44,15 +44,10 @@ def prepare_default_model(data_dir: Path) -> Path:
         return target
     gguf = _bundled_gguf()
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The same parent keeps the rename on one file system, where it is atomic.
-    work_dir = Path(tempfile.mkdtemp(prefix=f".{MODEL_NAME}.", dir=target.parent))
-    try:
-        _convert(gguf, work_dir)
-        check_model_dir(work_dir)
-        _make_readable(work_dir)
-        _publish(work_dir, target)
-    finally:
-        shutil.rmtree(work_dir, ignore_errors=True)
+    with (target.parent / f".{MODEL_NAME}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it, however this process ends
+        if not target.is_dir():
+            _build(gguf, target)
     return target
 
 
@@ -89,6 +84,18 @@ def _bundled_gguf() -> Path:
     return path
 
 
+def _build(gguf: Path, target: Path) -> None:
+    """Convert beside the target and rename; the lock is held, so leftovers belong to the dead."""
+    work_dir = target.with_name(f".{MODEL_NAME}.part")
+    shutil.rmtree(work_dir, ignore_errors=True)
+    work_dir.mkdir()
+    _convert(gguf, work_dir)
+    for path in work_dir.iterdir():
+        path.chmod(0o644)  # safetensors writes private files; another user may run the engine
+    check_model_dir(work_dir)
+    work_dir.rename(target)  # within one file system, so atomic
+
+
 def _convert(gguf: Path, target: Path) -> None:
     """Write the weights as bfloat16 safetensors with the tokenizer beside them."""
     for package in CONVERTERS:
@@ -113,22 +120,6 @@ def _convert(gguf: Path, target: Path) -> None:
     fresh.save_pretrained(target)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
     tokenizer.save_pretrained(target)
-
-
-def _make_readable(work_dir: Path) -> None:
-    """Undo the private modes of mkdtemp and safetensors: another user may run the engine."""
-    work_dir.chmod(0o755)
-    for path in work_dir.iterdir():
-        path.chmod(0o644)
-
-
-def _publish(work_dir: Path, target: Path) -> None:
-    try:
-        work_dir.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        check_model_dir(target)  # another process was first; its copy is as good
 
 
 def main(arguments: list[str]) -> int:

@@ -66,6 +66,7 @@ def configure_logging(level: str, *, json: bool, path: Path | None = None) -> No
     root.setLevel(level)
     for present in [kept for kept in root.handlers if kept.get_name() == _HANDLER_NAME]:
         root.removeHandler(present)
+        present.close()  # of a file; it leaves standard error open
     root.addHandler(handler)
     for name in _TALKATIVE_LOGGERS:
         logging.getLogger(name).setLevel(max(root.level, logging.WARNING))

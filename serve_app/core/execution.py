@@ -13,7 +13,9 @@ from types import MappingProxyType
 
 from serve_app.core.errors import IllegalTransitionError
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
-from serve_app.core.retry import NO_RETRY, RetryPolicy
+from serve_app.core.retry import RetryPolicy
+
+NO_RETRY = RetryPolicy()
 
 
 class Status(StrEnum):

@@ -21,7 +21,6 @@ OPEN, CLOSE = "{{", "}}"
 EXPRESSION_CHARS_MAX = 4_096  # a screenful; what is longer belongs in a step of its own
 TEMPLATE_CHARS_MAX = 100_000  # one text of a definition: a long prompt with examples
 RENDERED_CHARS_MAX = 16_777_216  # all that one `render` gives: a 10 MiB input and room around it
-NESTING_MAX = 64  # as deep as request bodies may be
 SPLIT_CACHE_COUNT = 512  # texts; the shipped definitions have about twenty
 
 # One token of CEL (cel-spec, "Syntax", lexis). A raw literal (r"…") knows no escapes, and only
@@ -41,11 +40,46 @@ TOKEN = re.compile(
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
 
+# A literal without escapes: its content is what stands between the quotes.
+_PLAIN_STRING = re.compile(r"""(?P<quote>["'])(?P<content>[^"'\\\n]+)(?P=quote)""")
+MACROS = frozenset({"all", "exists", "exists_one", "filter", "map"})
+LITERALS = frozenset({"true", "false", "null", "in"})
+
 
 class TemplateError(ServeAppError):
     """A text whose `{{` and `}}` do not pair up; the message names the place."""
 
     code = ErrorCode.INVALID_WORKFLOW
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One mention of a free name in an expression.
+
+    Args:
+        path: the name and the literal keys and indexes selected from it, as far as they go.
+        macro_depth: how many macro bodies it stands in; each of their turns evaluates it anew.
+    """
+
+    path: tuple[str | int, ...]
+    macro_depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What can be told of an expression without evaluating it.
+
+    Args:
+        references: the free names it mentions, in order; a superset, never less.
+        macro_uses: for each macro, how often its body mentions the macro's variable.
+        macro_depth: how deep macros nest; 0 when there are none.
+        is_path: whether it is one reference and nothing else.
+    """
+
+    references: tuple[Reference, ...]
+    macro_uses: tuple[int, ...]
+    macro_depth: int
+    is_path: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +177,11 @@ def _expression_end(text: str, start: int) -> int:
             return position
         match = TOKEN.match(text, position)
         assert match is not None, "the last alternative takes any character"
-        token = match.group()
-        if token in ("'", '"'):
+        lexeme = match.group()
+        if lexeme in {"'", '"'}:
             raise TemplateError(f"the string literal at {_place(text, position)} is not closed")
-        depth += (token == "{") - (token == "}")
-        position += 1 if token.startswith("//") else len(token)
+        depth += (lexeme == "{") - (lexeme == "}")
+        position += 1 if lexeme.startswith("//") else len(lexeme)
     raise TemplateError(
         f"the {OPEN} at {_place(text, start)} is not closed: add {CLOSE}, "
         f'or write {OPEN} "{OPEN}" {CLOSE} to mean the braces themselves'
@@ -158,6 +192,120 @@ def _place(text: str, position: int) -> str:
     line = text.count("\n", 0, position) + 1
     column = position - (text.rfind("\n", 0, position) + 1) + 1
     return f"line {line}, column {column}"
+
+
+def outline(text: str) -> Outline:
+    """Find the names an expression mentions, macro variables told apart from free names."""
+    return _Outlining(text).outline()
+
+
+class _Outlining:
+    """One pass over the tokens of an expression; `_open` holds the brackets around the place."""
+
+    def __init__(self, text: str) -> None:
+        self._tokens = [
+            (match.lastgroup or "", match.group())
+            for match in TOKEN.finditer(text)
+            if match.lastgroup != "space"
+        ]
+        self._open: list[_Macro | None] = []
+        self._macros: list[_Macro] = []
+        self._references: list[Reference] = []
+        self._macro_depth = 0
+
+    def outline(self) -> Outline:
+        index, is_path = 0, False
+        while index < len(self._tokens):
+            kind, lexeme = self._tokens[index]
+            if lexeme in {"(", "[", "{"}:
+                self._enter(index)
+            elif lexeme in {")", "]", "}"} and self._open:
+                self._open.pop()
+            elif kind == "name" and self._is_value(index):
+                end = self._mention(index)
+                is_path = index == 0 and end == len(self._tokens)
+                index = end
+                continue
+            index += 1
+        uses = tuple(macro.uses for macro in self._macros)
+        return Outline(tuple(self._references), uses, self._macro_depth, is_path)
+
+    def _lexeme(self, index: int) -> str:
+        return self._tokens[index][1] if 0 <= index < len(self._tokens) else ""
+
+    def _enter(self, index: int) -> None:
+        is_macro = (
+            self._lexeme(index) == "("
+            and self._lexeme(index - 1) in MACROS
+            and self._lexeme(index - 2) == "."
+        )
+        if not is_macro:
+            self._open.append(None)
+            return
+        macro = _Macro(self._lexeme(index + 1))
+        self._macros.append(macro)
+        self._open.append(macro)
+        self._macro_depth = max(self._macro_depth, self._depth())
+
+    def _depth(self) -> int:
+        return sum(macro is not None for macro in self._open)
+
+    def _is_value(self, index: int) -> bool:
+        """Whether the name is neither a member, a function, a literal nor a declaration."""
+        is_declaration = (
+            self._lexeme(index - 1) == "("
+            and self._lexeme(index + 1) == ","
+            and bool(self._open)
+            and self._open[-1] is not None
+        )
+        return (
+            self._lexeme(index) not in LITERALS
+            and not self._is_member(index)
+            and self._lexeme(index + 1) != "("
+            and not is_declaration
+        )
+
+    def _is_member(self, index: int) -> bool:
+        """Whether the name follows `value.`; a dot after no value only means the outermost scope."""
+        if self._lexeme(index - 1) != ".":
+            return False
+        kind, lexeme = self._tokens[index - 2] if index > 1 else ("mark", "")
+        return lexeme in {")", "]", "}", "`"} or (kind != "mark" and lexeme != "in")
+
+    def _mention(self, index: int) -> int:
+        """Note the name at `index` with what is selected from it; return where that ends."""
+        name = self._lexeme(index)
+        path: list[str | int] = [name]
+        end = index + 1
+        while (selected := self._selector(end)) is not None:
+            key, end = selected
+            path.append(key)
+        for macro in reversed(self._open):
+            if macro is not None and macro.variable == name:
+                macro.uses += 1
+                return end
+        self._references.append(Reference(tuple(path), self._depth()))
+        return end
+
+    def _selector(self, index: int) -> tuple[str | int, int] | None:
+        """The literal key or index selected at `index` and the place after it."""
+        if self._lexeme(index) == ".":
+            is_member = index + 1 < len(self._tokens) and self._tokens[index + 1][0] == "name"
+            if is_member and self._lexeme(index + 2) != "(":
+                return self._lexeme(index + 1), index + 2
+        elif self._lexeme(index) == "[" and self._lexeme(index + 2) == "]":
+            kind, lexeme = self._tokens[index + 1]
+            if kind == "number" and lexeme.isdecimal():
+                return int(lexeme), index + 3
+            if kind == "string" and (key := _PLAIN_STRING.fullmatch(lexeme)):
+                return key["content"], index + 3
+        return None
+
+
+@dataclass(slots=True)
+class _Macro:
+    variable: str
+    uses: int = 0
 
 
 class _Rendering:
@@ -199,7 +347,8 @@ class _Rendering:
         self._chars_left -= len(value) if isinstance(value, str) else 1
         if self._chars_left < 0:
             raise StepFailedError(
-                f"the filled-in templates are larger than {RENDERED_CHARS_MAX} characters", False
+                f"the filled-in templates are larger than {RENDERED_CHARS_MAX} characters",
+                False,  # noqa: FBT003 - positional, so that it pickles
             )
         if isinstance(value, Mapping):
             for key, member in value.items():
@@ -231,4 +380,4 @@ def plain(value: object) -> JsonValue:
         return {str(key): plain(member) for key, member in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return [plain(member) for member in value]
-    raise StepFailedError(f"a {type(value).__name__} is no JSON value", False)
+    raise StepFailedError(f"a {type(value).__name__} is no JSON value", False)  # noqa: FBT003

@@ -12,6 +12,7 @@ from serve_app.core.decisions import cancel
 from serve_app.core.errors import (
     IdempotencyConflictError,
     InvalidInputError,
+    Problem,
     UnknownExecutionError,
 )
 from serve_app.core.execution import Execution, ExecutionCreated, evolve, new_execution
@@ -157,7 +158,8 @@ class Executions:
             problems = self._schemas.problems(workflow.input_schema, submission.input)
             if problems:
                 raise InvalidInputError(
-                    f"input does not satisfy the schema of {submission.workflow_id}", problems
+                    f"input does not satisfy the schema of {submission.workflow_id}",
+                    [Problem(("input", *problem.loc), problem.msg) for problem in problems],
                 )
         timeout_ms = submission.timeout_ms or workflow.timeout_ms or self._timeout_default_ms
         created = ExecutionCreated(

@@ -304,7 +304,7 @@ def test_connection_is_given_back_however_the_stream_is_left() -> None:
 @kinds
 @pytest.mark.parametrize("content_type", ["text/event-stream", "text/html"])
 def test_no_connection_is_left_open(kind: str, content_type: str) -> None:
-    still_open = []
+    still_open: list[CutBody] = []
 
     class Body(CutBody):
         def close(self) -> None:
@@ -315,7 +315,7 @@ def test_no_connection_is_left_open(kind: str, content_type: str) -> None:
 
     def answer(_: httpx.Request) -> httpx.Response:
         assert not still_open
-        still_open.append(Body(b": hi\n\n", 50, None))
+        still_open.append(Body(b": hi\n\n", 50, BROKEN))
         headers = {"content-type": content_type, "x-execution-id": "e1"}
         return httpx.Response(200, headers=headers, stream=still_open[0])
 

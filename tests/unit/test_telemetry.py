@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,7 @@ def restored_logging() -> Iterator[None]:
     root.setLevel(level)
     for handler in [kept for kept in root.handlers if kept.get_name() == "inferpipe"]:
         root.removeHandler(handler)
+        handler.close()
 
 
 def line_of(message: object = "hello", **extra: object) -> dict[str, object]:
@@ -101,25 +103,36 @@ def test_exception_is_in_the_line_with_its_trace() -> None:
     assert str(line["exception"]).endswith("ValueError: boom")
 
 
-def test_configuring_twice_writes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_configuring_twice_writes_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     configure_logging("DEBUG", json=False)
     configure_logging("INFO", json=True)
     log = logging.getLogger("serve_app.test")
     log.debug("off")
     log.info("on %d", 1, extra={"step_id": "s"})
-    (line,) = [json.loads(text) for text in capsys.readouterr().err.splitlines()]
+    (line,) = [json.loads(text) for text in capfd.readouterr().err.splitlines()]
     assert (line["message"], line["step_id"]) == ("on 1", "s")
 
 
-def test_text_line_shows_fields_and_trace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_line_shows_fields_and_trace(capfd: pytest.CaptureFixture[str]) -> None:
     configure_logging("INFO", json=False)
     try:
         raise ValueError("boom")
     except ValueError:
         logging.getLogger("serve_app.test").exception("failed", extra={"step_id": "s"})
-    first, *rest = capsys.readouterr().err.splitlines()
+    first, *rest = capfd.readouterr().err.splitlines()
     assert first.endswith("ERROR   serve_app.test: failed step_id=s")
     assert rest[-1] == "ValueError: boom"
+
+
+def test_file_is_made_and_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "ingress.log"
+    for number in range(2):
+        configure_logging("INFO", json=True, path=path)
+        logging.getLogger("serve_app.test").info("line %d", number)
+    assert [json.loads(line)["message"] for line in path.read_text().splitlines()] == [
+        "line 0",
+        "line 1",
+    ]
 
 
 def test_record_below_the_level_is_not_formatted() -> None:

@@ -89,10 +89,14 @@ async def execute(request: Request) -> Response:
     services = _services(request)
     submission = await _submission(request, services)
     async with services.executions.start_and_follow(submission) as (started, feed):
-        ended = await _unless_gone(request, feed.ended())
-        if ended is None:
-            if submission.idempotency_key is None:
+        ended = None
+        try:
+            ended = await _unless_gone(request, feed.ended())
+        finally:
+            # Serve cancels the handler of a caller that went away; uvicorn alone only says so.
+            if ended is None and submission.idempotency_key is None:
                 await _cancel_quietly(services, submission.workspace, started.execution.id)
+        if ended is None:
             return Response(status_code=499)  # nobody reads it; the access log does
     return _json(result_view(ended), headers=_started_headers(started))
 
