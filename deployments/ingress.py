@@ -6,10 +6,11 @@ from fastapi import FastAPI
 from ray import serve
 
 from deployments.background import Background
-from deployments.stores import catalog_of, connect, publish_definitions
+from deployments.definitions import catalog_of, publish_definitions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, ingress_channels
 from serve_app.adapters.redis_config import RedisKeys
+from serve_app.adapters.redis_connect import connect
 from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.serve_admission import Handle, ServeAdmission
 from serve_app.adapters.system import SystemClock, SystemEntropy
@@ -70,7 +71,7 @@ class Ingress:
                 feeds,
                 clock,
                 entropy,
-                settings.timeout_default_ms,
+                timeout_default_ms=settings.timeout_default_ms,
             ),
             feeds=feeds,
             catalog=catalog,

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from ray import serve
 
+from deployments.addresses import own_address
 from deployments.background import Background
-from deployments.stores import connect
+from serve_app.adapters.redis_connect import connect
 from serve_app.adapters.redis_replicas import RedisReplicas, announce_start
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link_server import TokenLinkServer
@@ -52,7 +53,7 @@ class ModelReplica:
         self._server = TokenLinkServer(
             self._engine, secret, self._replica_id, self._clock, SystemEntropy()
         )
-        await self._server.start(settings.link_host)
+        await self._server.start(own_address(settings))
         self._background = Background()
         self._background.start("reports", self._report_load())
 

@@ -3,7 +3,7 @@
 from ray import serve
 
 from deployments.background import Background
-from deployments.stores import connect
+from serve_app.adapters.redis_connect import connect
 from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.system import SystemClock
 from serve_app.adapters.telemetry import configure_logging

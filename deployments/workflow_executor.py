@@ -7,10 +7,12 @@ import asyncio
 
 from ray import serve
 
+from deployments.addresses import own_address
 from deployments.background import Background
-from deployments.stores import catalog_of, connect
+from deployments.definitions import catalog_of
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
+from serve_app.adapters.redis_connect import connect
 from serve_app.adapters.serve_admission import Handle, ServeAdmission
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link import TcpTokenLink
@@ -40,16 +42,17 @@ class WorkflowExecutor:
     ) -> None:
         configure_logging(settings.log_level, json=True, path=settings.log_path("executor"))
         self._clock, entropy = SystemClock(), SystemEntropy()
+        host = own_address(settings)
         self._stores = connect(settings, self._clock)
         self._link = TcpTokenLink(
             settings.cluster_secret.get_secret_value().encode(), self._clock, entropy
         )
         types = step_types(Inference(ServeAdmission(router), self._link), entropy)
         runtime = Runtime(self._stores.store, types, CelExpressions(), self._clock, entropy)
-        self._peers = TcpPeers(settings.link_host, self._clock)
+        self._peers = TcpPeers(host, self._clock)
         port = await self._peers.listen()
         # The id names where its peers can feel its pulse, so no directory has to.
-        worker_id = f"{settings.link_host}:{port}~{entropy.token()}"
+        worker_id = f"{host}:{port}~{entropy.token()}"
         channels = worker_channels(worker_id, settings.partitions)
         limits = WorkerLimits(
             settings.lease_ttl_ms, settings.heartbeat_ms, settings.executor_capacity

@@ -111,7 +111,10 @@ class Settings(BaseSettings):
     engine_stall_s: float = Field(
         60.0, gt=1, description="No engine step for so long while requests run: the engine is ill."
     )
-    link_host: str = Field("127.0.0.1", description="Address the links between processes bind to.")
+    link_host: str = Field(
+        "127.0.0.1",
+        description="Address the links between processes bind to; empty: the node's own.",
+    )
 
     @field_validator("api_key")
     @classmethod

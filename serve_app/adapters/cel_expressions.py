@@ -29,6 +29,8 @@ COMPILED_COUNT_MAX = 1_024  # about 20 KiB each; definitions share most of their
 # Measured on 2 cores (November 2026): the worst expression found takes 1.5 s and 0.2 GiB at it.
 COST_MAX = 32_000_000
 TURNS_MAX = 10_000  # the library's own budget over all macros of an evaluation
+LIST_COPY_COST = 4  # of an element that `map` and `filter` copy: 16 bytes that stay until the end
+REGEX_COST = 20_000  # of `matches` in a turn: the pattern is compiled anew, up to 0.75 ms
 INT_MIN, INT_MAX = -(2**63), 2**63 - 1  # CEL's int
 MESSAGE_CHARS_MAX = 300
 QUOTED_CHARS_MAX = 100  # of an expression named in a message
@@ -159,15 +161,17 @@ class _Pruning:
 
         Every mention of a name handles its value once, inside macros once per turn; a macro whose
         body mentions its variable k times can make its list k times as large, and chained macros
-        multiply. Building a list of n values by `map` or `filter` takes n² small steps.
+        multiply. `map` and `filter` copy the list so far in every turn.
         """
         longest = (self._longest + text.count(",") + 1) * (1 + text.count("+"))
         turns = min(TURNS_MAX, longest**outlined.macro_depth) if outlined.macro_depth else 1
         growth = math.prod(max(1, uses) for uses in outlined.macro_uses)
         once = sum(self._weight(r.path) for r in outlined.references if r.macro_depth == 0)
         again = sum(self._weight(r.path) for r in outlined.references if r.macro_depth > 0)
-        copying = turns * min(longest, TURNS_MAX) if outlined.macro_depth else 0
-        return (once + turns * (again + len(text))) * growth + copying
+        copies = LIST_COPY_COST * (text.count("map") + text.count("filter"))
+        fixed = copies * min(longest, TURNS_MAX) + REGEX_COST * text.count("matches")
+        each = (again + len(text)) * growth + fixed
+        return once * growth + turns * each if outlined.macro_depth else once + len(text)
 
     def _weight(self, path: Path) -> int:
         return self._weights.get(path, 0)

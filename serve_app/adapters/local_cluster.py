@@ -11,11 +11,13 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import ray
 from ray import serve
+from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from serve_app.adapters.system import SystemClock
@@ -42,7 +44,7 @@ class LocalCluster:
         self.started_at_ms = SystemClock().now_ms()
         self.is_ready = False
 
-    def start(self) -> None:
+    def start(self, build_app: Callable[[Settings], Application]) -> None:
         """Start Ray and deploy; returns when the deployment has begun.
 
         Raises:
@@ -50,8 +52,6 @@ class LocalCluster:
         """
         os.environ.update(self._environment())
         logging.getLogger("ray").setLevel(logging.ERROR)
-        from serve_app.main import build_app  # noqa: PLC0415 - it imports Serve, which reads the environment
-
         try:
             ray.init(
                 num_cpus=LOGICAL_CPUS,

@@ -266,7 +266,7 @@ class _Outlining:
         )
 
     def _is_member(self, index: int) -> bool:
-        """Whether the name follows `value.`; a dot after no value only means the outermost scope."""
+        """Whether the name follows `value.`; a dot without a value means the outermost scope."""
         if self._lexeme(index - 1) != ".":
             return False
         kind, lexeme = self._tokens[index - 2] if index > 1 else ("mark", "")

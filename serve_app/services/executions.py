@@ -75,6 +75,7 @@ class Executions:
         feeds: Feeds,
         clock: Clock,
         entropy: Entropy,
+        *,
         timeout_default_ms: int,
     ) -> None:
         self._store = store

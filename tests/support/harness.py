@@ -97,7 +97,7 @@ class Harness:
         client, store = self.connect()
         bells = RedisBells(client, ingress_channels(name, PARTITIONS), self.clock)
         feeds = Feeds(name, store, bells, self.clock, render_sse)
-        executions = Executions(store, self.catalog, self.schemas, feeds, self.clock, self.entropy, 600_000)
+        executions = Executions(store, self.catalog, self.schemas, feeds, self.clock, self.entropy, timeout_default_ms=600_000)
         running = asyncio.ensure_future(feeds.run())
         await asyncio.sleep(0.05)
         try:

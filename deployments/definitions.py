@@ -1,0 +1,49 @@
+"""Definitions: the catalog with all its checks, and what is published at start."""
+
+from collections.abc import Mapping
+from importlib import resources
+
+import yaml
+
+from serve_app.adapters.cel_expressions import CelExpressions
+from serve_app.adapters.json_schema import JsonSchemas
+from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_config import SHIPPED, RedisCatalog
+from serve_app.core.errors import InvalidWorkflowError
+from serve_app.core.workflow import Workflow, parse_workflow
+from serve_app.ports import Clock, StepType
+from serve_app.settings import Settings
+
+
+def catalog_of(calls: RedisCalls, step_types: Mapping[str, StepType], clock: Clock) -> RedisCatalog:
+    """The catalog with our expression language, schemas and step types behind its checks."""
+    expressions, schemas = CelExpressions(), JsonSchemas()
+
+    def parse(document: object) -> Workflow:
+        return parse_workflow(
+            document,
+            check_expression=expressions.check,
+            check_schema=schemas.check,
+            step_checks={name: kind.check for name, kind in step_types.items()},
+        )
+
+    return RedisCatalog(calls, parse, clock)
+
+
+async def publish_definitions(catalog: RedisCatalog, settings: Settings) -> None:
+    """Make shipped definitions and the operator's own known; unchanged ones keep their version.
+
+    Raises:
+        InvalidWorkflowError: a file holds no workflow; the message names the file.
+    """
+    own = settings.workflows_dir
+    sources = [(SHIPPED, resources.files("workflows"))]
+    sources += [(settings.workspace_id, own)] if own is not None else []
+    for workspace, folder in sources:
+        for file in sorted(folder.iterdir(), key=str):
+            if file.name.endswith(".yaml"):
+                document = yaml.safe_load(file.read_text(encoding="utf-8"))
+                try:
+                    await catalog.define(workspace, document)
+                except InvalidWorkflowError as error:
+                    raise InvalidWorkflowError(f"{file.name}: {error}", error.problems) from error
