@@ -1,5 +1,7 @@
 """One execution: its events, its state, and the table of what may follow what.
 
+Longer than 400 lines because an event and what it does to the state are read together.
+
 Owns the persisted event names and `evolve`, the fold that turns a journal into a state. Decides
 nothing (`decisions.py` does) and knows no store. Invariant: `evolve` is the only way a state
 changes, and an event without a row in `TRANSITIONS` for the present status is refused. Names in

@@ -67,7 +67,7 @@ class Started:
 class Executions:
     """The use cases over one store and one hub."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument per port
         self,
         store: ExecutionStore,
         catalog: WorkflowCatalog,

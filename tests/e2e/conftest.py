@@ -1,6 +1,7 @@
 """One running service for all end-to-end tests: `inferpipe up`, as a user starts it.
 
-The engine is vLLM with the tiny model of `tests/support`; the real SmolLM2 is run by `test_smollm2`.
+The engine is vLLM with the bundled SmolLM2-135M-Instruct, so the quick start itself is what is
+tested. Its weights are converted once and kept beside the checkout.
 """
 
 import json
@@ -21,8 +22,6 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
-
-from tests.support.tiny_model import make_tiny_model
 
 READY_WITHIN_S = 240
 API_KEY = "ip_e2e-test-key-0123456789"
@@ -137,10 +136,12 @@ def stop_service(service: Service, within_s: float = 60) -> int:
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    base = tmp_path_factory.mktemp("e2e")
-    model = base / "tiny"
-    make_tiny_model(model)
-    running = start_service(base / "data", model, INFERPIPE_MODEL_NAME="tiny")
+    data_dir = tmp_path_factory.mktemp("e2e") / "data"
+    data_dir.mkdir()
+    kept = Path(__file__).parents[2] / ".models"
+    kept.mkdir(exist_ok=True)
+    (data_dir / "models").symlink_to(kept, target_is_directory=True)
+    running = start_service(data_dir, None)
     running.wait_healthy()
     yield running
     stop_service(running)

@@ -256,7 +256,7 @@ def test_health_names_every_service(http: httpx.Client) -> None:
     health = httpx.get(f"{http.base_url}/v1/health").json()
     assert health["status"] == "healthy"
     assert set(health["services"]) == {"redis", "workflow_engine", "models"}
-    assert health["services"]["models"]["models"] == ["tiny"]
+    assert health["services"]["models"]["models"] == ["SmolLM2-135M-Instruct"]
 
 
 def test_framework_errors_are_problems_too(http: httpx.Client) -> None:

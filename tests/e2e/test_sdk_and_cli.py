@@ -1,0 +1,137 @@
+"""The SDK and the command against the running service, as a user has them."""
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import jsonschema_rs
+import pytest
+
+from inferpipe import AsyncInferPipe, ExecutionFailedError, InferPipe, NotFoundError
+from tests.e2e.conftest import API_KEY, Service
+
+FRANCE = {
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "temperature": 0,
+}
+SENTIMENT = {
+    "type": "object",
+    "required": ["sentiment", "confidence"],
+    "properties": {
+        "sentiment": {"enum": ["positive", "negative", "neutral"]},
+        "confidence": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+}
+
+
+@pytest.fixture
+def client(service: Service) -> InferPipe:
+    return InferPipe(api_key=API_KEY, base_url=service.url)
+
+
+def test_execute_and_get(client: InferPipe) -> None:
+    result = client.execute("test-echo", {"message": "hello world"})
+    assert result.data == {"message": "hello world"}
+    info = client.execute_async("test-echo", {"n": 1}, metadata={"mine": True})
+    record = client.get_execution(info.id)
+    assert record.metadata == {"mine": True}
+    assert client.health().status == "healthy"
+
+
+def test_a_stream_answers_paris_token_by_token(client: InferPipe) -> None:
+    with client.execute_stream("chat-assistant", FRANCE) as stream:
+        chunks = [chunk.data for chunk in stream]
+    assert "Paris" in "".join(chunks)
+    assert len(chunks) > 2
+    assert stream.result.usage.completion_tokens >= len(chunks) - 1
+    assert stream.result.data == "".join(chunks)
+
+
+def test_many_async_streams_at_once(service: Service) -> None:
+    async def run() -> list[str]:
+        async with AsyncInferPipe(api_key=API_KEY, base_url=service.url) as client:
+
+            async def one() -> str:
+                async with client.execute_stream("chat-assistant", FRANCE) as stream:
+                    return "".join([chunk.data async for chunk in stream])
+
+            return await asyncio.gather(*(one() for _ in range(16)))
+
+    answers = asyncio.run(run())
+    assert all("Paris" in answer for answer in answers)
+
+
+def test_errors_have_their_class(client: InferPipe) -> None:
+    with pytest.raises(NotFoundError) as refusal:
+        client.execute("no-such-workflow", {})
+    assert refusal.value.code == "UNKNOWN_WORKFLOW"
+    with pytest.raises(ExecutionFailedError) as failure:
+        client.execute("chat-assistant", FRANCE, timeout_ms=1)
+    assert failure.value.result.error_code == "TIMEOUT"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("I love it, it is wonderful!", "positive"), ("This is terrible and broken.", "negative")],
+)
+def test_sentiment_satisfies_its_schema(client: InferPipe, text: str, expected: str) -> None:
+    data = client.execute("sentiment-analysis", {"text": text}).data
+    assert jsonschema_rs.is_valid(SENTIMENT, data)
+    assert data["sentiment"] == expected
+
+
+def test_extraction_satisfies_the_callers_schema(client: InferPipe) -> None:
+    schema = {
+        "type": "object",
+        "required": ["name", "city"],
+        "additionalProperties": False,
+        "properties": {
+            "name": {"type": "string", "maxLength": 40},
+            "city": {"type": "string", "maxLength": 40},
+        },
+    }
+    document = "Maria Silva lives in Lisbon and works as an engineer."
+    data = client.execute("data-extraction", {"document": document, "schema": schema}).data
+    assert jsonschema_rs.is_valid(schema, data["extractedData"])
+
+
+def test_a_schema_that_is_none_fails_in_words(client: InferPipe) -> None:
+    with pytest.raises(ExecutionFailedError) as failure:
+        client.execute("data-extraction", {"document": "x", "schema": {"type": "nonsense"}})
+    assert failure.value.result.error_code == "STEP_FAILED"
+    assert len(str(failure.value.result.error)) > 10
+
+
+def run_cli(service: Service, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "inferpipe.cli", *words, "--base-url", service.url],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={"INFERPIPE_API_KEY": API_KEY, "PATH": "/usr/bin:/bin"},
+    )
+
+
+def test_cli_runs_a_workflow(service: Service) -> None:
+    done = run_cli(service, "run", "sentiment-analysis", "--input", '{"text": "I love it"}')
+    assert done.returncode == 0, done.stderr
+    assert jsonschema_rs.is_valid(SENTIMENT, json.loads(done.stdout))
+
+
+def test_cli_streams_an_answer(service: Service) -> None:
+    done = run_cli(service, "run", "chat-assistant", "--stream", "--input", json.dumps(FRANCE))
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+
+
+def test_cli_starts_and_looks(service: Service) -> None:
+    started = run_cli(service, "run", "test-echo", "--async", "--input", "{}")
+    assert started.returncode == 0, started.stderr
+    execution_id = started.stdout.split()[0].strip('"')
+    looked = run_cli(service, "executions", "get", execution_id)
+    assert looked.returncode == 0, looked.stderr
+    refused = run_cli(service, "run", "nope", "--input", "{}")
+    assert refused.returncode == 4
+    assert "nope" in refused.stderr
