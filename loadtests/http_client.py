@@ -1,12 +1,15 @@
 """A small keep-alive HTTP/1.1 client for load: one connection per caller, no parsing to spare.
 
-Reads a status line, headers and a body of known length; that is all these servers answer here.
+Reads a status line, headers and a body of known length, or a stream to its end; that is all these
+servers answer here. It shares the machine with what it measures, so it must cost little itself.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+
+STREAM_END = b"0\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,34 +19,58 @@ class Timings:
     per_second: float
     p50_ms: float
     p99_ms: float
+    count: int
     error_count: int
 
 
 class Connection:
     """One keep-alive connection."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, headers: Mapping[str, str] | None = None) -> None:
         self._address = host, port
+        named = {"Host": f"{host}:{port}", "Content-Type": "application/json", **(headers or {})}
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in named.items())
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
     async def request(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         """Send one request; status and body."""
-        if self._writer is None:
-            self._reader, self._writer = await asyncio.open_connection(*self._address)
-        assert self._reader is not None
-        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        self._writer.write(head.encode() + body)
-        answer = await self._reader.readuntil(b"\r\n\r\n")
+        reader = await self._send(method, path, body)
+        answer = await reader.readuntil(b"\r\n\r\n")
         lower = answer.lower()
         at = lower.index(b"content-length:") + 15
         length = int(lower[at : lower.index(b"\r", at)])
-        return int(answer[9:12]), await self._reader.readexactly(length)
+        return int(answer[9:12]), await reader.readexactly(length)
+
+    async def stream(
+        self, path: str, body: bytes, received: Callable[[bytes], None]
+    ) -> tuple[int, bytes]:
+        """Post, hand out what comes as it comes, chunk borders included; status and all of it."""
+        reader = await self._send("POST", path, body)
+        status = int((await reader.readuntil(b"\r\n\r\n"))[9:12])
+        parts: list[bytes] = []
+        tail = b""
+        while not tail.endswith(STREAM_END):
+            part = await reader.read(1 << 16)
+            if not part:
+                raise ConnectionError("the stream was cut off")
+            received(part)
+            parts.append(part)
+            tail = (tail + part)[-len(STREAM_END) :]
+        return status, b"".join(parts)
 
     def close(self) -> None:
         """Close it."""
         if self._writer is not None:
             self._writer.close()
+
+    async def _send(self, method: str, path: str, body: bytes) -> asyncio.StreamReader:
+        if self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection(*self._address)
+        assert self._reader is not None, "opened together with the writer"
+        head = f"{method} {path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
+        self._writer.write(head.encode() + body)
+        return self._reader
 
 
 async def closed_loop(
@@ -65,10 +92,17 @@ async def closed_loop(
 
     await asyncio.gather(*(caller(number) for number in range(concurrency)))
     took = time.perf_counter() - begin
-    latencies.sort()
     return Timings(
         per_second=len(latencies) / took,
-        p50_ms=1000 * latencies[len(latencies) // 2],
-        p99_ms=1000 * latencies[min(len(latencies) - 1, int(len(latencies) * 0.99))],
+        p50_ms=1000 * percentile(latencies, 0.5),
+        p99_ms=1000 * percentile(latencies, 0.99),
+        count=len(latencies),
         error_count=errors,
     )
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that `share` of all are not above; NaN for none."""
+    if not values:
+        return float("nan")
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]

@@ -31,18 +31,23 @@ class UpCommand:
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Serve until Ctrl-C or SIGTERM; 0 then, 1 when the start failed, 2 on bad settings."""
+        named = {"host", "port", "data_dir", "model"}
+        given = {k: v for k, v in vars(arguments).items() if k in named and v is not None}
+        try:
+            settings = read_settings(**given)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False, include_input=False):
+                name = "_".join(str(part) for part in detail["loc"])
+                sys.stderr.write(f"settings: INFERPIPE_{name.upper()}: {detail['msg']}\n")
+            return 2
+        except ValueError as error:
+            sys.stderr.write(f"settings: {error}\n")
+            return 2
         # Imported here: Ray and Serve take a second, which `inferpipe --help` should not.
         from serve_app.adapters.local_cluster import ClusterFailedError  # noqa: PLC0415
         from serve_app.adapters.model_weights import ModelFilesError  # noqa: PLC0415
         from serve_app.up import serve_locally  # noqa: PLC0415
 
-        named = {"host", "port", "data_dir", "model"}
-        given = {k: v for k, v in vars(arguments).items() if k in named and v is not None}
-        try:
-            settings = read_settings(**given)
-        except (ValidationError, ValueError) as error:
-            sys.stderr.write(f"settings: {error}\n")
-            return 2
         try:
             asyncio.run(serve_locally(settings))
         except (ServeAppError, ClusterFailedError, ModelFilesError, OSError) as error:

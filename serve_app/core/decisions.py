@@ -213,12 +213,19 @@ def _after_error(
     now_ms: int,
     jitter: float,
 ) -> Event:
-    if execution.status is Status.CANCELLING:
-        return StepFailed(now_ms, fact.step_id, fact.error, ErrorCode.CANCELLED, fact.usage)
+    if is_ending(execution, now_ms):
+        # No try is left to an execution that ends, so none may be counted.
+        is_own_fault = (
+            fact.code != ErrorCode.CANCELLED and execution.status is not Status.CANCELLING
+        )
+        code = fact.code if is_own_fault else _cut_off_code(execution, now_ms)
+        return StepFailed(now_ms, fact.step_id, fact.error, code, fact.usage)
     if fact.code in _LOSS_CODES:
         return _after_loss(execution, fact.step_id, step, fact.error, now_ms, fact.usage)
+    # A step that cancels itself has failed: nobody asked for it, and it must end the execution.
+    code = ErrorCode.STEP_FAILED if fact.code == ErrorCode.CANCELLED else fact.code
     if not fact.is_retryable:
-        return StepFailed(now_ms, fact.step_id, fact.error, fact.code, fact.usage)
+        return StepFailed(now_ms, fact.step_id, fact.error, code, fact.usage)
     execution_attempt = execution.attempt
     policy = workflow.step(fact.step_id).retry
     delay_ms = None if policy is None else retry_delay_ms(policy, step.tries, jitter)
@@ -226,7 +233,7 @@ def _after_error(
         delay_ms = retry_delay_ms(execution.created.retry, execution.attempt, jitter)
         execution_attempt += 1
     if delay_ms is None:
-        return StepFailed(now_ms, fact.step_id, fact.error, fact.code, fact.usage)
+        return StepFailed(now_ms, fact.step_id, fact.error, code, fact.usage)
     return StepRetrying(
         now_ms,
         fact.step_id,
@@ -259,8 +266,7 @@ def _after_loss(
 
 
 def _ending(execution: Execution, now_ms: int) -> tuple[Event, ...]:
-    is_cancelling = execution.status is Status.CANCELLING
-    code = ErrorCode.CANCELLED if is_cancelling else ErrorCode.TIMEOUT
+    code = _cut_off_code(execution, now_ms)
     cut_off = tuple(
         _cut_off(step_id, code, now_ms)
         for step_id, step in execution.steps.items()
@@ -277,6 +283,12 @@ def _end(execution: Execution, now_ms: int) -> Event:
             return ExecutionFailed(now_ms, f"step {step_id}: {step.error}", ErrorCode.STEP_FAILED)
     timeout_ms = execution.created.timeout_ms
     return ExecutionFailed(now_ms, f"not done within {timeout_ms} ms", ErrorCode.TIMEOUT)
+
+
+def _cut_off_code(execution: Execution, now_ms: int) -> ErrorCode:
+    """Why a step under way was aborted; one whose neighbour failed is cancelled, not failed."""
+    is_timeout = execution.status is not Status.CANCELLING and is_overdue(execution, now_ms)
+    return ErrorCode.TIMEOUT if is_timeout else ErrorCode.CANCELLED
 
 
 def _cut_off(step_id: str, code: str, now_ms: int, usage: Usage | None = None) -> StepFailed:

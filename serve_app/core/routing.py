@@ -44,13 +44,14 @@ class Fleet:
 
         Raises:
             ModelNotAvailableError: no report, however old, names the model.
-            NoHostsAvailableError: none that serves it is ready.
+            NoHostsAvailableError: none that serves it is ready, or none has reported at all: a
+                router that has just started does not know which models there are.
         """
         serving = [r for r in self.reports.values() if _serves(r.load, request.model)]
         if not serving:
             known = sorted({model for r in self.reports.values() for model in r.load.models})
-            if known or request.model:
-                names = ", ".join(known) or "none yet"
+            if known:
+                names = ", ".join(known)
                 raise ModelNotAvailableError(f"no model {request.model!r}; available: {names}")
             raise NoHostsAvailableError("no model replica has reported yet")
         ready = [r.load for r in serving if self._is_ready(r, request, now_ms)]

@@ -26,7 +26,7 @@ async def read_body(request: Request, size_max: int) -> bytes:
         BodyTooLargeError: as soon as it is known to be larger than `size_max` bytes.
     """
     declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > size_max:
+    if declared.isdecimal() and int(declared) > size_max:
         raise BodyTooLargeError(f"the body has {declared} bytes; at most {size_max} are taken")
     parts: list[bytes] = []
     size = 0
@@ -71,13 +71,13 @@ def validate(model: type[Model], value: object) -> Model:
 
 
 def _is_deeper(value: object, depth_max: int) -> bool:
-    level: list[object] = [value]
-    for _ in range(depth_max + 1):
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth_max):
         level = [
             child
             for parent in level
-            if isinstance(parent, dict | list)
             for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
         ]
         if not level:
             return False

@@ -36,7 +36,7 @@ class Feed:
         self.readers = 0
         self._render = render
         self._frames: deque[tuple[int, bytes | None]] = deque(maxlen=FRAMES_MAX)
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: set[asyncio.Future[None]] = set()
 
     def begin(self, first: StoredEvent) -> None:
         """Keep the frame of the event that made the execution."""
@@ -69,8 +69,11 @@ class Feed:
         """Wait until there is more than `seq`."""
         while self.execution.seq <= seq and not self.execution.is_terminal:
             waiter = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
+            self._waiters.add(waiter)
+            try:
+                await waiter
+            finally:  # readers come back every few seconds of silence; the event may never come
+                self._waiters.discard(waiter)
 
     async def ended(self) -> Execution:
         """Wait for the terminal event."""
@@ -79,7 +82,7 @@ class Feed:
         return self.execution
 
     def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
+        waiters, self._waiters = self._waiters, set()
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)

@@ -25,6 +25,7 @@ from serve_app.core.decisions import (
 )
 from serve_app.core.errors import (
     ErrorCode,
+    OverloadedError,
     ServeAppError,
     StaleLeaseError,
     StepFailedError,
@@ -32,7 +33,16 @@ from serve_app.core.errors import (
 )
 from serve_app.core.execution import Event, Execution, Status, StepStarted, StepStatus, evolve
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
-from serve_app.core.journal import Appended, Commit, Committed, Conflict, Owned, Stale, StoredEvent
+from serve_app.core.journal import (
+    Appended,
+    Commit,
+    CommitAnswer,
+    Committed,
+    Conflict,
+    Owned,
+    Stale,
+    StoredEvent,
+)
 from serve_app.core.template import render
 from serve_app.core.workflow import Workflow
 from serve_app.ports import Clock, Entropy, Expressions, StepCall, StepType, WorkerStore
@@ -154,6 +164,8 @@ class Driver:
             fact = StepFinished(started.step_id, started.attempt, output)
         except ServeAppError as error:
             fact = _errored(started.step_id, started.attempt, error, NO_USAGE)
+        except Exception:  # else the driver breaks, is adopted again, and breaks again
+            fact = self._broken(started.step_id, started.attempt)
         plan.add(self._recorded(plan.after, fact, now_ms))
 
     def _recorded(self, execution: Execution, fact: Fact, now_ms: int) -> tuple[Event, ...]:
@@ -173,14 +185,7 @@ class Driver:
         # Facts that arrive while the commit is under way belong to the next one.
         sealed = self._facts
         self._facts = []
-        try:
-            answer = await self._runtime.store.commit(commit)
-        except StoreUnavailableError:
-            logger.exception("commit failed", extra={"execution_id": self.execution.id})
-            self._facts = sealed + self._facts
-            await self._runtime.clock.sleep(STORE_RETRY_S)
-            return False
-        match answer:
+        match await self._answer(commit):
             case Committed(ready_depth=ready_depth):
                 self.execution = plan.after
                 self.ready_depth = ready_depth
@@ -196,6 +201,19 @@ class Driver:
             case Stale():
                 raise StaleLeaseError(f"{self.token} does not own {self.execution.id} any more")
 
+    async def _answer(self, commit: Commit) -> CommitAnswer:
+        """Send one commit until it is answered.
+
+        Always the same one: what seemed to fail may be in already, and deciding its facts again
+        under another id would append its chunks twice.
+        """
+        while True:
+            try:
+                return await self._runtime.store.commit(commit)
+            except (StoreUnavailableError, OverloadedError):
+                logger.exception("commit failed", extra={"execution_id": self.execution.id})
+                await self._runtime.clock.sleep(STORE_RETRY_S)
+
     def _fold_notices(self) -> None:
         notices, self._notices = self._notices, []
         self._fold(tuple(notices))
@@ -206,10 +224,21 @@ class Driver:
                 self.execution = evolve(self.execution, stored.event)
 
     def _start_missing(self, steps: asyncio.TaskGroup) -> None:
-        """Every running step has a task: start those that a commit just made running."""
+        """Every running step has a task: start those that a commit just made running.
+
+        A step that ended while the commit was under way runs on in the state until its report is
+        committed too; it must not run twice.
+        """
+        reported = {
+            (fact.step_id, fact.attempt)
+            for fact in self._facts
+            if not isinstance(fact, ChunkArrived)
+        }
         for step_id, state in self.execution.steps.items():
             present = self._tasks.get(step_id)
-            is_started = present is not None and present.attempt == state.attempt
+            is_started = (present is not None and present.attempt == state.attempt) or (
+                (step_id, state.attempt) in reported
+            )
             if state.status is StepStatus.RUNNING and not is_started and not self._is_taken_over:
                 run = self._run(step_id, state.attempt)
                 self._tasks[step_id] = _StepTask(state.attempt, steps.create_task(run))
@@ -223,14 +252,17 @@ class Driver:
         except ServeAppError as error:
             fact = _errored(step_id, attempt, error, NO_USAGE)
         except Exception:  # a fault of a step type must end the step, not the worker
-            logger.exception(
-                "step broke", extra={"execution_id": self.execution.id, "step_id": step_id}
-            )
-            fact = StepErrored(step_id, attempt, "internal error in the step", ErrorCode.INTERNAL)
+            fact = self._broken(step_id, attempt)
         running = self._tasks.pop(step_id, None)
         if running is not None:  # else it was given up after an abort, and is recorded already
             self._facts.append(_with_usage(fact, running.usage))
             self._wake.set()
+
+    def _broken(self, step_id: str, attempt: int) -> StepErrored:
+        """Log the exception being handled; callers are told no more than that there was one."""
+        extra = {"execution_id": self.execution.id, "step_id": step_id}
+        logger.exception("step broke", extra=extra)
+        return StepErrored(step_id, attempt, "internal error in the step", ErrorCode.INTERNAL)
 
     async def _output(self, step_id: str, attempt: int) -> JsonValue:
         step = self._workflow.step(step_id)
