@@ -94,7 +94,7 @@ class LocalCluster:
         ours = self._descendants()
         if ray.is_initialized():
             with contextlib.suppress(Exception):  # a broken cluster is ended by its processes
-                serve.shutdown()
+                serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
         ours |= self._descendants()
         _, alive = psutil.wait_procs(ours, timeout=STOP_WAIT_S)

@@ -49,7 +49,7 @@ class RedisBells:
         try:
             yield self._notices(pubsub)
         finally:
-            await pubsub.aclose()
+            await pubsub.aclose()  # type: ignore[no-untyped-call]
 
     async def _notices(self, pubsub: Any) -> AsyncIterator[Notice]:
         while True:

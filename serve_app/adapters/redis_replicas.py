@@ -60,7 +60,7 @@ class RedisReplicas:
         try:
             yield self._stream(pubsub)
         finally:
-            await pubsub.aclose()
+            await pubsub.aclose()  # type: ignore[no-untyped-call]
 
     async def _stream(self, pubsub: Any) -> AsyncIterator[ReplicaReport]:
         for report in await self.latest():

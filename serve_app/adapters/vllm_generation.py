@@ -40,6 +40,7 @@ class Generation:
         self._emit = emit
         self._ended = ended
         self._is_ended = False
+        self._has_sent = False
         self._prompt_token_count = 0
         self._cached_token_count = 0
         self._held_ids: list[int] = []  # of tokens whose text is not complete yet
@@ -64,7 +65,10 @@ class Generation:
             self._finish(reason, completion.text)
         elif completion.text:
             token_ids, self._held_ids = tuple(self._held_ids), []
-            self._send(Chunk(completion.text, token_ids))
+            # On the bill from the first chunk on: the caller may leave before the last.
+            usage = None if self._has_sent else self._usage()
+            self._has_sent = True
+            self._send(Chunk(completion.text, token_ids, usage=usage))
 
     def end(self, error: ServeAppError) -> None:
         """End with an error; a generation that has ended stays as it is."""

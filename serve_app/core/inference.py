@@ -90,7 +90,7 @@ class Chunk:
         text: the text delta; may be empty on the last chunk.
         token_ids: the ids behind the delta.
         finish_reason: set on the last chunk only.
-        usage: set on the last chunk only.
+        usage: so far; set on the first chunk and on the last.
     """
 
     text: str

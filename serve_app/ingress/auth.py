@@ -55,11 +55,14 @@ def _key(request: Request) -> str:
 
 def _is_local(request: Request) -> bool:
     """A loopback Host and no foreign Origin: a page of another site cannot speak for the user."""
-    if _host(request.headers.get("host", "")) not in LOOPBACK_HOSTS:
+    if _host(f"//{request.headers.get('host', '')}") not in LOOPBACK_HOSTS:
         return False
     origin = request.headers.get("origin")
-    return origin is None or urlsplit(origin).hostname in LOOPBACK_HOSTS
+    return origin is None or _host(origin) in LOOPBACK_HOSTS
 
 
-def _host(header: str) -> str | None:
-    return urlsplit(f"//{header}").hostname
+def _host(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # such as an open bracket: nobody's address, so not this machine's
+        return None

@@ -28,6 +28,7 @@ from serve_app.core.inference import Usage
 from serve_app.core.journal import StoredEvent
 from serve_app.core.workflow import Workflow
 
+UNKNOWN_TYPE = "unknown"  # of a step whose definition was deleted
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
@@ -69,7 +70,9 @@ def record_view(execution: Execution, workflow: Workflow | None) -> dict[str, ob
         "createdAt": timestamp(execution.created.at_ms),
         "startedAt": _optional(execution.started_at_ms),
         "completedAt": _optional(execution.completed_at_ms),
-        "steps": [_step_view(step_id, types.get(step_id), step) for step_id, step in steps],
+        "steps": [
+            _step_view(step_id, types.get(step_id, UNKNOWN_TYPE), step) for step_id, step in steps
+        ],
     }
 
 
@@ -125,7 +128,7 @@ def _shown(event: Event, execution: Execution) -> dict[str, object] | None:  # n
             return None
 
 
-def _step_view(step_id: str, kind: str | None, step: StepState) -> dict[str, object]:
+def _step_view(step_id: str, kind: str, step: StepState) -> dict[str, object]:
     return {
         "id": step_id,
         "type": kind,
@@ -139,14 +142,22 @@ def _step_view(step_id: str, kind: str | None, step: StepState) -> dict[str, obj
     }
 
 
-def _timing(execution: Execution) -> dict[str, int | None]:
-    created_ms = execution.created.at_ms
-    started_ms, ended_ms = execution.started_at_ms, execution.completed_at_ms
+def _timing(execution: Execution) -> dict[str, int]:
+    """Zero until it is known; what ended in the queue spent all its time there.
+
+    Never below zero: acceptance, start and end may be told by the clocks of three hosts.
+    """
+    created_ms, ended_ms = execution.created.at_ms, execution.completed_at_ms
+    started_ms = ended_ms if execution.started_at_ms is None else execution.started_at_ms
     return {
-        "queuedMs": None if started_ms is None else max(0, started_ms - created_ms),
-        "runMs": None if ended_ms is None or started_ms is None else max(0, ended_ms - started_ms),
-        "totalMs": None if ended_ms is None else max(0, ended_ms - created_ms),
+        "queuedMs": _span(created_ms, started_ms),
+        "runMs": _span(started_ms, ended_ms),
+        "totalMs": _span(created_ms, ended_ms),
     }
+
+
+def _span(from_ms: int | None, to_ms: int | None) -> int:
+    return 0 if from_ms is None or to_ms is None else max(0, to_ms - from_ms)
 
 
 def _optional(at_ms: int | None) -> str | None:

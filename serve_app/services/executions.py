@@ -106,6 +106,7 @@ class Executions:
         async with self._feeds.begin(new, first) as feed:
             started = await self._create(new, submission)
             if started.is_new:
+                feed.settle(new.created)
                 yield started, feed
                 return
         # A repeat: what was begun above is not its history, so follow what the store has.

@@ -142,6 +142,7 @@ class Executor:
                 beats = await asyncio.gather(*(self._beat_once(p) for p in due))
             except StoreUnavailableError:
                 logger.exception("heartbeat failed", extra={"worker_id": self.worker_id})
+                self.beat_at_s = clock.monotonic_s()  # the store is ill, not this worker
                 await clock.sleep(self._limits.heartbeat_ms / 1000)
                 continue
             self.beat_at_s = clock.monotonic_s()

@@ -12,9 +12,10 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from serve_app.core.errors import StoreUnavailableError
-from serve_app.core.execution import Execution, evolve
+from serve_app.core.execution import Execution, ExecutionCreated, evolve
 from serve_app.core.journal import Appended, Notice, Resubscribed, StoredEvent
 from serve_app.ports import Bells, Clock, ExecutionStore
 
@@ -41,6 +42,10 @@ class Feed:
     def begin(self, first: StoredEvent) -> None:
         """Keep the frame of the event that made the execution."""
         self._frames.append((first.seq, self._render(first, self.execution)))
+
+    def settle(self, created: ExecutionCreated) -> None:
+        """Say what was accepted: of two requests under one key, the other may have begun this."""
+        self.execution = replace(self.execution, created=created)
 
     def fold(self, events: Sequence[StoredEvent]) -> bool:
         """Take what follows directly; False when something between is missing."""

@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 ABORT_WAIT_S = 1.0  # for aborted steps to report their usage; cancel must end within 2 s
 STORE_RETRY_S = 0.5
+BROKEN = "internal error in the step"  # all that a caller is told of a bug; the log has the rest
 RUNNABLE_AGAIN = frozenset({ErrorCode.INTERNAL, ErrorCode.OVERLOADED, ErrorCode.STEP_FAILED})
 
 
@@ -165,7 +166,8 @@ class Driver:
         except ServeAppError as error:
             fact = _errored(started.step_id, started.attempt, error, NO_USAGE)
         except Exception:  # else the driver breaks, is adopted again, and breaks again
-            fact = self._broken(started.step_id, started.attempt)
+            logger.exception("step broke", extra=self._place(started.step_id))
+            fact = StepErrored(started.step_id, started.attempt, BROKEN, ErrorCode.INTERNAL)
         plan.add(self._recorded(plan.after, fact, now_ms))
 
     def _recorded(self, execution: Execution, fact: Fact, now_ms: int) -> tuple[Event, ...]:
@@ -252,28 +254,28 @@ class Driver:
         except ServeAppError as error:
             fact = _errored(step_id, attempt, error, NO_USAGE)
         except Exception:  # a fault of a step type must end the step, not the worker
-            fact = self._broken(step_id, attempt)
+            logger.exception("step broke", extra=self._place(step_id))
+            fact = StepErrored(step_id, attempt, BROKEN, ErrorCode.INTERNAL)
         running = self._tasks.pop(step_id, None)
         if running is not None:  # else it was given up after an abort, and is recorded already
             self._facts.append(_with_usage(fact, running.usage))
             self._wake.set()
 
-    def _broken(self, step_id: str, attempt: int) -> StepErrored:
-        """Log the exception being handled; callers are told no more than that there was one."""
-        extra = {"execution_id": self.execution.id, "step_id": step_id}
-        logger.exception("step broke", extra=extra)
-        return StepErrored(step_id, attempt, "internal error in the step", ErrorCode.INTERNAL)
+    def _place(self, step_id: str) -> dict[str, str]:
+        return {"execution_id": self.execution.id, "step_id": step_id}
 
     async def _output(self, step_id: str, attempt: int) -> JsonValue:
         step = self._workflow.step(step_id)
         run = self._runtime.step_types[step.type].run
         assert run is not None, "a pure step is computed, never run"
         call = self._call(self.execution, step_id, attempt)
-        timeout_s = None if step.timeout_ms is None else step.timeout_ms / 1000
+        limit = asyncio.timeout(None if step.timeout_ms is None else step.timeout_ms / 1000)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with limit:
                 return await run(call)
         except TimeoutError as error:
+            if not limit.expired():
+                raise  # the step's own
             raise StepFailedError(f"not done within {step.timeout_ms} ms") from error
 
     def _call(self, execution: Execution, step_id: str, attempt: int) -> StepCall:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from serve_app.core.execution import (
+    CancelRequested,
     ChunkEmitted,
     Event,
     ExecutionCancelled,
@@ -17,7 +18,6 @@ from serve_app.core.execution import (
     ExecutionParked,
     ExecutionResumed,
     ExecutionStarted,
-    CancelRequested,
     Status,
     StepCompleted,
     StepRetrying,

@@ -49,7 +49,9 @@ class Harness:
     url: str
     step_types: dict[str, StepType] = field(default_factory=dict)
     definitions: list[dict[str, object]] = field(default_factory=list)
-    limits: WorkerLimits = WorkerLimits(lease_ttl_ms=1500, heartbeat_ms=200)
+    limits: WorkerLimits = field(
+        default_factory=lambda: WorkerLimits(lease_ttl_ms=1500, heartbeat_ms=200)
+    )
     backlog_max: int = 1000
 
     def __post_init__(self) -> None:
@@ -97,7 +99,15 @@ class Harness:
         client, store = self.connect()
         bells = RedisBells(client, ingress_channels(name, PARTITIONS), self.clock)
         feeds = Feeds(name, store, bells, self.clock, render_sse)
-        executions = Executions(store, self.catalog, self.schemas, feeds, self.clock, self.entropy, timeout_default_ms=600_000)
+        executions = Executions(
+            store,
+            self.catalog,
+            self.schemas,
+            feeds,
+            self.clock,
+            self.entropy,
+            timeout_default_ms=600_000,
+        )
         running = asyncio.ensure_future(feeds.run())
         await asyncio.sleep(0.05)
         try:
