@@ -26,6 +26,7 @@ __all__ = [
     "CacheConfig",
     "ExecuteRequest",
     "ExecutionInfo",
+    "ExecutionList",
     "ExecutionRecord",
     "ExecutionResult",
     "ExecutionStatus",
@@ -39,7 +40,10 @@ __all__ = [
     "StepView",
     "TimingView",
     "UsageView",
+    "Validation",
     "WireModel",
+    "WorkflowList",
+    "WorkflowView",
     "encode_sse",
 ]
 
@@ -180,6 +184,37 @@ class ExecutionRecord(ExecutionResult):
     started_at: Timestamp | None = None
     completed_at: Timestamp | None = None
     steps: list[StepView] = Field(default_factory=list)
+
+
+class ExecutionList(WireModel):
+    """A page of executions, newest first; their `data` and `steps` are left out."""
+
+    items: list[ExecutionRecord] = Field(default_factory=list)
+    next_cursor: str | None = None
+
+
+class WorkflowView(WireModel):
+    """A stored definition: its own keys, the version and when that was stored."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    version: int
+    created_at: Timestamp
+
+
+class WorkflowList(WireModel):
+    """A page of definitions."""
+
+    items: list[WorkflowView] = Field(default_factory=list)
+    next_cursor: str | None = None
+
+
+class Validation(WireModel):
+    """Whether a definition would be accepted, and what is wrong with it."""
+
+    valid: bool
+    errors: list["ProblemItem"] = Field(default_factory=list)
 
 
 class HealthStatus(WireModel):

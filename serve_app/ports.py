@@ -200,6 +200,22 @@ class StepType:
     run: Callable[[StepCall], Awaitable[JsonValue]] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ListQuery:
+    """Which executions to list.
+
+    Args:
+        before: (created Unix ms, id) of the last one seen; None: from the newest.
+        limit: 1 or more.
+    """
+
+    workspace: str
+    workflow_id: str | None = None
+    status: str | None = None
+    before: tuple[int, str] | None = None
+    limit: int = 50
+
+
 class ExecutionStore(Protocol):
     """Journals and snapshots, durable when a call returns.
 
@@ -236,6 +252,10 @@ class ExecutionStore(Protocol):
 
     async def watch(self, execution_id: str, watcher: str) -> Execution | None:
         """Be told of all events after the state returned."""
+        ...
+
+    async def recent(self, wanted: ListQuery) -> Sequence[Execution]:
+        """Executions that match, newest first."""
         ...
 
     async def live_workers(self) -> int:
@@ -285,8 +305,45 @@ class Bells(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Defined:
+    """A stored definition; `is_new` is false where the same one was there already."""
+
+    workflow: Workflow
+    version: int
+    is_new: bool
+
+
 class WorkflowCatalog(Protocol):
     """Definitions, by immutable version."""
+
+    async def define(self, workspace: str, document: object) -> Defined:
+        """Check and store a definition.
+
+        Raises:
+            InvalidWorkflowError: with every problem and its place.
+        """
+        ...
+
+    def check(self, document: object) -> Workflow:
+        """Check a definition without storing it. Raises as `define`."""
+        ...
+
+    async def undefine(self, workspace: str, workflow_id: str) -> bool:
+        """Take a definition away; running executions keep theirs. Whether it was there."""
+        ...
+
+    async def ids(self, workspace: str) -> tuple[str, ...]:
+        """Ids of the workspace's own definitions and of those we ship, sorted."""
+        ...
+
+    async def versions(self, workspace: str, workflow_id: str) -> Mapping[int, int]:
+        """When each version was stored (Unix ms), oldest first.
+
+        Raises:
+            UnknownWorkflowError: there is none of this id.
+        """
+        ...
 
     async def latest(self, workspace: str, workflow_id: str) -> tuple[int, Workflow]:
         """The version that a new execution runs.

@@ -19,6 +19,7 @@ from serve_app.core.execution import (
     Status,
     StepState,
     StepStatus,
+    new_execution,
 )
 from serve_app.core.inference import Usage
 from serve_app.core.journal import StoredEvent
@@ -70,16 +71,17 @@ def decode_snapshot(execution_id: str, snapshot: Mapping[str, bytes]) -> Executi
     """The state that a snapshot's fields hold."""
     created = decode_event("execution.created", snapshot["created"])
     assert isinstance(created, ExecutionCreated), "the field holds nothing else"
-    execution = Execution(
-        id=execution_id,
+    new = new_execution(execution_id, created)
+    changed = {
+        name.removeprefix(_STEP_FIELD): _step(orjson.loads(value))
+        for name, value in snapshot.items()
+        if name.startswith(_STEP_FIELD)
+    }
+    execution = replace(
+        new,
         seq=int(snapshot["seq"]),
         status=Status(snapshot["status"].decode()),
-        created=created,
-        steps={
-            name.removeprefix(_STEP_FIELD): _step(orjson.loads(value))
-            for name, value in snapshot.items()
-            if name.startswith(_STEP_FIELD)
-        },
+        steps={**new.steps, **changed},
     )
     return replace(execution, **orjson.loads(snapshot["x"])) if "x" in snapshot else execution
 

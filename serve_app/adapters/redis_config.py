@@ -4,7 +4,7 @@ Owns the caches: what was read is believed for a second, a definition's version 
 it never changes. Invariant: a revoked key or a new version counts everywhere within CACHE_S.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -13,7 +13,7 @@ from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.core.auth import Principal, Scope, key_digest
 from serve_app.core.errors import UnknownWorkflowError
 from serve_app.core.workflow import Workflow
-from serve_app.ports import Clock
+from serve_app.ports import Clock, Defined
 
 CONFIG_KEY = "ip:{config}"
 SHIPPED = "_shipped"  # no workspace can have this name: its pattern forbids the underscore
@@ -54,16 +54,45 @@ class RedisCatalog:
         self._versions: dict[tuple[str, str, int], Workflow] = {}
         self._latest: _Cache[tuple[str, int] | None] = _Cache(clock)
 
-    async def define(self, workspace: str, document: object) -> tuple[str, int]:
-        """Check and store a definition; its id and the version it has now.
-
-        Raises:
-            InvalidWorkflowError: with every problem and its place.
-        """
+    async def define(self, workspace: str, document: object) -> Defined:
+        """See `ports.WorkflowCatalog`."""
         workflow = self._parse(document)
-        data = orjson.dumps(document, option=orjson.OPT_SORT_KEYS)
-        version = await self._calls.fcall("ip1_define", CONFIG_KEY, workspace, workflow.id, data)
-        return workflow.id, int(version)
+        # What was parsed is what is stored: plain JSON, whatever the document came as.
+        data = orjson.dumps(workflow.document, option=orjson.OPT_SORT_KEYS)
+        base = 0
+        if workspace != SHIPPED:
+            base = await self._last_version(SHIPPED, workflow.id)
+        version, is_new = await self._calls.fcall(
+            "ip1_define", CONFIG_KEY, workspace, workflow.id, data, base
+        )
+        return Defined(workflow, int(version), bool(is_new))
+
+    def check(self, document: object) -> Workflow:
+        """See `ports.WorkflowCatalog`."""
+        return self._parse(document)
+
+    async def undefine(self, workspace: str, workflow_id: str) -> bool:
+        """See `ports.WorkflowCatalog`."""
+        return bool(await self._calls.fcall("ip1_undefine", CONFIG_KEY, workspace, workflow_id))
+
+    async def ids(self, workspace: str) -> tuple[str, ...]:
+        """See `ports.WorkflowCatalog`."""
+        names: set[str] = set()
+        for owner in (workspace, SHIPPED):
+            members = await self._calls.call("SMEMBERS", f"{CONFIG_KEY}:wfs:{owner}")
+            names |= {member.decode() for member in members}
+        return tuple(sorted(names))
+
+    async def versions(self, workspace: str, workflow_id: str) -> Mapping[int, int]:
+        """See `ports.WorkflowCatalog`."""
+        found: dict[int, int] = {}
+        for owner in (SHIPPED, workspace):
+            row = await self._calls.call("HGETALL", f"{CONFIG_KEY}:wf:{owner}:{workflow_id}")
+            stamps = {k.decode(): int(v) for k, v in row.items() if k.startswith(b"at:")}
+            found |= {int(name.removeprefix("at:")): at_ms for name, at_ms in stamps.items()}
+        if not found:
+            raise UnknownWorkflowError(f"no workflow {workflow_id!r} in this workspace")
+        return dict(sorted(found.items()))
 
     async def latest(self, workspace: str, workflow_id: str) -> tuple[int, Workflow]:
         """See `ports.WorkflowCatalog`."""
@@ -89,10 +118,15 @@ class RedisCatalog:
     async def _find(self, workspace: str, name: str) -> tuple[str, int] | None:
         workflow_id = name.removeprefix(f"{workspace}:")
         for owner in (workspace, SHIPPED):
-            count = await self._calls.call("HLEN", f"{CONFIG_KEY}:wf:{owner}:{workflow_id}")
-            if count:
-                return owner, int(count)
+            key = f"{CONFIG_KEY}:wf:{owner}:{workflow_id}"
+            latest = await self._calls.call("HGET", key, "latest")
+            if latest is not None:
+                return owner, int(latest)
         return None
+
+    async def _last_version(self, owner: str, workflow_id: str) -> int:
+        key = f"{CONFIG_KEY}:wf:{owner}:{workflow_id}"
+        return int(await self._calls.call("HGET", key, "last") or 0)
 
     async def _load(self, owner: str, workflow_id: str, version: int) -> Workflow:
         known = self._versions.get((owner, workflow_id, version))

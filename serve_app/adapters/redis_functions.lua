@@ -16,7 +16,10 @@
 --   p:outbox               stream  messages for other partitions; p:seen zset, message ids applied here
 --   p:log:<name>           stream  what the relay delivered here
 --   p:in:<ingress>, p:w:<worker>, p:bell   sharded channels
---   ip:{config}:wf:<ws>:<id> hash  version -> definition; ip:{config}:keys hash  key hash -> record
+--   ip:{config}:wf:<ws>:<id>  hash  version -> definition, at:<version>, latest (live), last (ever)
+--   ip:{config}:wfs:<ws>      set   ids of live definitions
+--   ip:{config}:keys          hash  key hash -> record
+--   ip:{config}:replicas      hash  replica id -> last report; channel ip:{config}:reports
 --
 -- Snapshot and journal expire `retention` ms after the terminal event; everything else goes with
 -- its owner. Times are the server's own (TIME), so workers need not agree on the hour.
@@ -260,13 +263,24 @@ local function apply(keys, args)
   return 1
 end
 
--- define: ws id definition -> version; the same definition again keeps its version
+-- define: ws id definition base -> {version, 1 when it is new}
+-- The same definition again keeps its version. Numbers go on from `base`, the latest of the
+-- definition that this one overrides, so that a number means one definition in a workspace.
 local function define(keys, args)
   local key = keys[1] .. ':wf:' .. args[1] .. ':' .. args[2]
-  local version = redis.call('HLEN', key)
-  if version > 0 and redis.call('HGET', key, version) == args[3] then return version end
-  redis.call('HSET', key, version + 1, args[3])
-  return version + 1
+  local latest = tonumber(redis.call('HGET', key, 'latest') or '0')
+  redis.call('SADD', keys[1] .. ':wfs:' .. args[1], args[2])
+  if latest > 0 and redis.call('HGET', key, text(latest)) == args[3] then return {latest, 0} end
+  local version = math.max(tonumber(redis.call('HGET', key, 'last') or '0'), tonumber(args[4])) + 1
+  redis.call('HSET', key, text(version), args[3], 'latest', version, 'last', version,
+    'at:' .. text(version), text(now_ms()))
+  return {version, 1}
+end
+
+-- undefine: ws id -> 1 when it was there; versions stay for the executions that run them
+local function undefine(keys, args)
+  redis.call('SREM', keys[1] .. ':wfs:' .. args[1], args[2])
+  return redis.call('HDEL', keys[1] .. ':wf:' .. args[1] .. ':' .. args[2], 'latest')
 end
 
 redis.register_function('ip1_create', create)
@@ -278,3 +292,4 @@ redis.register_function('ip1_watch', watch)
 redis.register_function('ip1_reap', function(keys, args) return reap(keys[1], args[1]) end)
 redis.register_function('ip1_apply', apply)
 redis.register_function('ip1_define', define)
+redis.register_function('ip1_undefine', undefine)

@@ -6,7 +6,7 @@ Invariant: one transition is one function call; nothing here reads, decides and 
 
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from serve_app.adapters.event_codec import (
     changed_fields,
@@ -29,7 +29,9 @@ from serve_app.core.journal import (
     StoredEvent,
     partition_of,
 )
-from serve_app.ports import Accepted
+from serve_app.ports import Accepted, ListQuery
+
+_SAME_MS_MAX = 64  # executions of one millisecond in one partition; far above what it can accept
 
 
 def partition_key(partition: int) -> str:
@@ -136,6 +138,49 @@ class RedisStore:
         )
         return _snapshot_or_none(execution_id, answer)
 
+    async def recent(self, wanted: ListQuery) -> Sequence[Execution]:
+        """See `ports.ExecutionStore`.
+
+        Each partition has its own index, so the newest of each are merged; the status index is
+        the narrower one, so a workflow is then looked for among its members.
+        """
+        found: list[Execution] = []
+        before = wanted.before
+        while len(found) < wanted.limit:
+            page = await self._newest_ids(wanted, before)
+            if not page:
+                break
+            loaded = await asyncio.gather(*(self.load(execution_id) for _, execution_id in page))
+            found += [execution for execution in loaded if _matches(execution, wanted)]
+            before = page[-1]
+        return found[: wanted.limit]
+
+    async def _newest_ids(
+        self, wanted: ListQuery, before: tuple[int, str] | None
+    ) -> list[tuple[int, str]]:
+        suffix = f":ix:{wanted.workspace}"
+        if wanted.status is not None:
+            suffix += f":st:{wanted.status}"
+        elif wanted.workflow_id is not None:
+            suffix += f":wf:{wanted.workflow_id}"
+        newest = "+inf" if before is None else str(before[0])
+        # A few more than asked for: those of the cursor's own millisecond are seen again.
+        count = wanted.limit + _SAME_MS_MAX
+        pages = await asyncio.gather(
+            *(
+                self._calls.call(
+                    "ZREVRANGEBYSCORE", partition_key(p) + suffix, newest, "-inf", "WITHSCORES",
+                    "LIMIT", 0, count,
+                )
+                for p in range(self._partition_count)
+            )
+        )  # fmt: skip
+        merged = sorted(
+            ((int(score), member.decode()) for page in pages for member, score in page),
+            reverse=True,
+        )
+        return [one for one in merged if before is None or one < before][: wanted.limit]
+
     async def live_workers(self) -> int:
         """See `ports.ExecutionStore`."""
         workers = f"{partition_key(0)}:workers"
@@ -218,6 +263,15 @@ def _verb(commit: Commit, retention_ms: int) -> tuple[str, int]:
         assert commit.after.wake_at_ms is not None, "a waiting execution has a wake time"
         return "park", commit.after.wake_at_ms
     return "keep", 0
+
+
+def _matches(execution: Execution | None, wanted: ListQuery) -> TypeGuard[Execution]:
+    """Whether it is still there and still what the index said when it was read."""
+    return (
+        execution is not None
+        and wanted.status in (None, execution.status)
+        and wanted.workflow_id in (None, execution.created.workflow_id)
+    )
 
 
 def _stored(rows: Iterable[Any]) -> tuple[StoredEvent, ...]:

@@ -9,7 +9,12 @@ arguments give the same events, so a decision that lost a race is simply taken a
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from serve_app.core.errors import AlreadyTerminalError, ErrorCode, StepFailedError
+from serve_app.core.errors import (
+    AlreadyTerminalError,
+    ErrorCode,
+    InvalidRequestError,
+    StepFailedError,
+)
 from serve_app.core.execution import (
     CancelRequested,
     ChunkEmitted,
@@ -127,6 +132,28 @@ def record(
             return (StepCompleted(now_ms, step_id, output, usage),)
         case StepErrored():
             return (_after_error(execution, workflow, step, fact, now_ms, jitter),)
+
+
+def kept_for_retry(
+    execution: Execution, workflow: Workflow, from_step: str | None
+) -> dict[str, JsonValue]:
+    """Outputs that a retry takes over: of completed steps that do not follow from `from_step`.
+
+    Raises:
+        InvalidRequestError: the workflow has no such step.
+    """
+    if from_step is None:
+        return {}
+    if from_step not in {step.id for step in workflow.steps}:
+        raise InvalidRequestError(f"the workflow has no step {from_step!r}")
+    void = {from_step}
+    while grown := {s.id for s in workflow.steps if s.id not in void and void & set(s.needs)}:
+        void |= grown
+    return {
+        step_id: step.output
+        for step_id, step in execution.steps.items()
+        if step.status is StepStatus.COMPLETED and step_id not in void
+    }
 
 
 def is_ending(execution: Execution, now_ms: int) -> bool:

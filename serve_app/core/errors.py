@@ -27,6 +27,7 @@ class ErrorCode(StrEnum):
     UNKNOWN_WORKFLOW = "UNKNOWN_WORKFLOW"
     UNKNOWN_EXECUTION = "UNKNOWN_EXECUTION"
     ALREADY_TERMINAL = "ALREADY_TERMINAL"
+    NOT_TERMINAL = "NOT_TERMINAL"
     IDEMPOTENCY_CONFLICT = "IDEMPOTENCY_CONFLICT"
     RATE_LIMIT_EXCEEDED = "RATE_LIMIT_EXCEEDED"
     OVERLOADED = "OVERLOADED"
@@ -132,6 +133,12 @@ class AlreadyTerminalError(ServeAppError):
     """The execution has ended; nothing can be asked of it."""
 
     code = ErrorCode.ALREADY_TERMINAL
+
+
+class NotTerminalError(ServeAppError):
+    """The execution has not ended yet, so it cannot be retried."""
+
+    code = ErrorCode.NOT_TERMINAL
 
 
 class IdempotencyConflictError(ServeAppError):

@@ -56,6 +56,7 @@ class ExecutionCreated:
         priority: -100 to 100; higher runs first.
         request_hash: of the body that came with an Idempotency-Key, to tell a repeat from a
             conflict.
+        kept: outputs of steps that a retry takes from the execution it retries.
     """
 
     at_ms: int
@@ -70,6 +71,7 @@ class ExecutionCreated:
     priority: int = 0
     retry_of: str | None = None
     request_hash: str | None = None
+    kept: Mapping[str, JsonValue] = field(default_factory=dict)
 
     @property
     def deadline_ms(self) -> int | None:
@@ -313,7 +315,12 @@ class Execution:
 
 def new_execution(execution_id: str, created: ExecutionCreated) -> Execution:
     """The state after the first event of a journal, which has sequence number 1."""
-    return Execution(id=execution_id, seq=1, status=Status.PENDING, created=created)
+    at_ms = created.at_ms
+    kept = {
+        step_id: StepState(StepStatus.COMPLETED, 0, 0, at_ms, at_ms, output)
+        for step_id, output in created.kept.items()
+    }
+    return Execution(execution_id, seq=1, status=Status.PENDING, created=created, steps=kept)
 
 
 def evolve(execution: Execution, event: Event) -> Execution:
@@ -360,6 +367,8 @@ def _with_step(execution: Execution, event: Event) -> Execution:
         case StepStarted(at_ms=at_ms, step_id=step_id, attempt=attempt):
             return _started(execution, step_id, attempt, at_ms)
         case StepSkipped(at_ms=at_ms, step_id=step_id):
+            if step_id in execution.steps:
+                raise IllegalTransitionError(f"step {step_id} has started, it cannot be skipped")
             skipped = StepState(StepStatus.SKIPPED, 0, 0, at_ms, at_ms)
             return _put(execution, step_id, skipped)
         case ChunkEmitted(step_id=step_id):

@@ -60,7 +60,7 @@ class _HttpError(ServeAppError):
 
 def create_app(services: Services) -> FastAPI:
     """The application over ready services."""
-    from serve_app.ingress.routes import executions, health  # noqa: PLC0415 - routes import Services
+    from serve_app.ingress.routes import executions, health, workflows  # noqa: PLC0415 - routes import Services
 
     app = FastAPI(
         title="inferpipe",
@@ -70,6 +70,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     app.include_router(executions.router)
+    app.include_router(workflows.router)
     app.include_router(health.router)
     app.add_exception_handler(ServeAppError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

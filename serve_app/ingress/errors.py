@@ -25,6 +25,7 @@ STATUS: Mapping[ErrorCode, int] = MappingProxyType(
         ErrorCode.MODEL_NOT_AVAILABLE: 404,
         ErrorCode.METHOD_NOT_ALLOWED: 405,
         ErrorCode.ALREADY_TERMINAL: 409,
+        ErrorCode.NOT_TERMINAL: 409,
         ErrorCode.IDEMPOTENCY_CONFLICT: 409,
         ErrorCode.STALE_LEASE: 409,
         ErrorCode.BODY_TOO_LARGE: 413,

@@ -76,6 +76,12 @@ def record_view(execution: Execution, workflow: Workflow | None) -> dict[str, ob
     }
 
 
+def item_view(execution: Execution) -> dict[str, object]:
+    """An item of `GET /v1/executions`: the record without `data` and `steps`."""
+    record = record_view(execution, None)
+    return {name: value for name, value in record.items() if name not in {"data", "steps"}}
+
+
 def usage_view(usage: Usage) -> dict[str, int]:
     """Token counts under their public names."""
     return {

@@ -4,14 +4,15 @@ Owns the checks before acceptance and the workspace border. Invariant: nothing i
 input has been checked, and another workspace's id is as unknown as one that never was.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from serve_app.core.decisions import cancel
+from serve_app.core.decisions import cancel, kept_for_retry
 from serve_app.core.errors import (
     IdempotencyConflictError,
     InvalidInputError,
+    NotTerminalError,
     Problem,
     UnknownExecutionError,
 )
@@ -26,7 +27,14 @@ from serve_app.core.journal import (
     execution_id,
 )
 from serve_app.core.retry import RetryPolicy
-from serve_app.ports import Clock, Entropy, ExecutionStore, Schemas, WorkflowCatalog
+from serve_app.ports import (
+    Clock,
+    Entropy,
+    ExecutionStore,
+    ListQuery,
+    Schemas,
+    WorkflowCatalog,
+)
 from serve_app.services.feeds import Feed, Feeds
 
 _CREATE_COMMIT = "create"
@@ -54,6 +62,14 @@ class Submission:
     idempotency_key: str | None = None
     idempotency_scope: str = ""
     request_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RetryWish:
+    """How to retry: `from_step` keeps what does not follow from that step; None: from the start."""
+
+    from_step: str | None = None
+    idempotency_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +169,40 @@ class Executions:
                 case _:
                     break
         return await self.load(workspace, an_execution_id)
+
+    async def recent(self, wanted: ListQuery) -> Sequence[Execution]:
+        """Executions of a workspace, newest first."""
+        return await self._store.recent(wanted)
+
+    async def retry(self, workspace: str, an_execution_id: str, wish: RetryWish) -> Started:
+        """Run an ended execution's input again as a new execution of the same version.
+
+        Raises:
+            UnknownExecutionError: there is none of this id in the workspace.
+            NotTerminalError: it has not ended.
+            InvalidRequestError: `wish.from_step` is no step of it.
+        """
+        original = await self.load(workspace, an_execution_id)
+        if not original.is_terminal:
+            raise NotTerminalError(f"execution {original.id} is {original.status}; cancel it first")
+        old = original.created
+        workflow = await self._catalog.version(workspace, old.workflow_id, old.workflow_version)
+        submission = Submission(
+            workspace,
+            old.workflow_id,
+            old.input,
+            idempotency_key=wish.idempotency_key,
+            idempotency_scope=f"retry/{an_execution_id}",
+            request_hash=None if wish.idempotency_key is None else (wish.from_step or ""),
+        )
+        created = replace(
+            old,
+            at_ms=self._clock.now_ms(),
+            retry_of=original.id,
+            request_hash=submission.request_hash,
+            kept=kept_for_retry(original, workflow, wish.from_step),
+        )
+        return await self._create(new_execution(self._new_id(submission), created), submission)
 
     async def _prepare(self, submission: Submission) -> Execution:
         version, workflow = await self._catalog.latest(submission.workspace, submission.workflow_id)

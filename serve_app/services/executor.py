@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 RELAY_BATCH = 256
 CLAIM_MAX = 64
+SWEEP_S = 1.0  # a cancel whose bell was lost waits so long; it must end within 2 s
+MISSED_MAX = 1000  # events read for one execution in one sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class Executor:
             async with self._bells.listen() as notices, asyncio.TaskGroup() as group:
                 group.create_task(self._hear(notices, group))
                 group.create_task(self._beat(group))
+                group.create_task(self._sweep())
         finally:
             await asyncio.shield(self._hand_over())
 
@@ -121,16 +124,39 @@ class Executor:
                         self._adopt(Owned(token, execution), group)
                     else:
                         group.create_task(self._load(execution_id, token, group))
-                case Appended(execution_id=execution_id):
+                case Appended(execution_id=execution_id, events=events):
                     held = self._held.get(execution_id)
                     if held is not None and held.driver is not None:
-                        held.driver.notify(notice)
+                        held.driver.notify(events)
                 case ReadyRang(partition=partition):
                     self._claim_soon(partition, group)
                 case Resubscribed():
                     self._mismatched.update(self._partitions)
                     self._next_beat_ms = dict.fromkeys(self._partitions, 0)
                     self._timer_set.set()
+                    group.create_task(self._tell_missed())
+
+    async def _sweep(self) -> None:
+        while True:
+            await self._runtime.clock.sleep(SWEEP_S)
+            await self._tell_missed()
+
+    async def _tell_missed(self) -> None:
+        """Tell drivers what others appended and no bell rang for: a cancel, or a new owner's work.
+
+        A commit of the driver's own may be among it; the driver drops what it has.
+        """
+        store = self._runtime.store
+        drivers = {eid: held.driver for eid, held in self._held.items() if held.driver is not None}
+        try:
+            last_seqs = await store.last_seqs(tuple(drivers))
+            for execution_id, last_seq in last_seqs.items():
+                driver = drivers[execution_id]
+                if last_seq > driver.execution.seq:
+                    missed = await store.read(execution_id, driver.execution.seq, MISSED_MAX)
+                    driver.notify(tuple(missed))
+        except StoreUnavailableError:
+            logger.exception("sweep failed", extra={"worker_id": self.worker_id})
 
     async def _beat(self, group: asyncio.TaskGroup) -> None:
         clock = self._runtime.clock

@@ -34,7 +34,6 @@ from serve_app.core.errors import (
 from serve_app.core.execution import Event, Execution, Status, StepStarted, StepStatus, evolve
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.journal import (
-    Appended,
     Commit,
     CommitAnswer,
     Committed,
@@ -105,9 +104,9 @@ class Driver:
         self._commit_count = 0
         self._is_taken_over = owned.execution.status is Status.RUNNING
 
-    def notify(self, appended: Appended) -> None:
+    def notify(self, events: tuple[StoredEvent, ...]) -> None:
         """Others appended to the journal; what cannot be folded shows as a conflict later."""
-        self._notices.extend(appended.events)
+        self._notices.extend(events)
         self._wake.set()
 
     async def drive(self) -> None:

@@ -16,10 +16,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from inferpipe import wire
 from inferpipe.wire import (
     ExecuteRequest,
     ExecutionInfo,
+    ExecutionList,
     ExecutionRecord,
     ExecutionResult,
     RetryConfig,
@@ -32,36 +32,28 @@ from serve_app.core.errors import (
     Problem,
     UnknownWorkflowError,
 )
-from serve_app.core.execution import Execution
+from serve_app.core.execution import Execution, Status
 from serve_app.core.retry import Backoff, RetryPolicy
+from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services
 from serve_app.ingress.bodies import parse_json, read_body, validate
 from serve_app.ingress.views import (
     KEEP_ALIVE,
+    item_view,
     record_view,
     render_gap,
     result_view,
 )
-from serve_app.services.executions import Started, Submission
+from serve_app.ports import ListQuery
+from serve_app.services.executions import RetryWish, Started, Submission
 from serve_app.services.feeds import Feed
 
 router = APIRouter(prefix="/v1", tags=["executions"])
 
 _KEY_MAX = 255
+LIST_DEFAULT = 50
+LIST_MAX = 200
 _SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-_ERRORS: dict[int | str, dict[str, object]] = {
-    status: {"model": wire.Problem, "description": text}
-    for status, text in {
-        400: "Not JSON, or not a cursor",
-        401: "No key, or an unknown one",
-        403: "The key may not do this",
-        404: "No such workflow or execution in this workspace",
-        409: "It has ended, or the Idempotency-Key came with another body",
-        413: "The body is too large",
-        422: "The body or the input has the wrong shape",
-        503: "A queue is full, or the store is out of reach; see Retry-After",
-    }.items()
-}
 _EXECUTE_BODY = {
     "requestBody": {
         "required": True,
@@ -80,7 +72,7 @@ _EXECUTE_BODY = {
 @router.post(
     "/execute",
     response_model=ExecutionResult,
-    responses=_ERRORS,
+    responses=ERRORS,
     openapi_extra=_EXECUTE_BODY,
     summary="Run a workflow and wait for its result",
 )
@@ -98,14 +90,14 @@ async def execute(request: Request) -> Response:
                 await _cancel_quietly(services, submission.workspace, started.execution.id)
         if ended is None:
             return Response(status_code=499)  # nobody reads it; the access log does
-    return _json(result_view(ended), headers=_started_headers(started))
+    return json_response(result_view(ended), headers=_started_headers(started))
 
 
 @router.post(
     "/execute/async",
     status_code=202,
     response_model=ExecutionInfo,
-    responses=_ERRORS,
+    responses=ERRORS,
     openapi_extra=_EXECUTE_BODY,
     summary="Start a workflow and return its id",
 )
@@ -114,13 +106,13 @@ async def execute_async(request: Request) -> Response:
     services = _services(request)
     started = await services.executions.start(await _submission(request, services))
     info = {"id": started.execution.id, "status": started.execution.status}
-    return _json(info, 202, _started_headers(started))
+    return json_response(info, 202, _started_headers(started))
 
 
 @router.post(
     "/execute/stream",
     response_class=StreamingResponse,
-    responses=_ERRORS,
+    responses=ERRORS,
     openapi_extra=_EXECUTE_BODY,
     summary="Run a workflow and stream its events",
 )
@@ -138,7 +130,7 @@ async def execute_stream(request: Request) -> Response:
 @router.get(
     "/executions/{execution_id}",
     response_model=ExecutionRecord,
-    responses=_ERRORS,
+    responses=ERRORS,
     summary="The full record of an execution",
 )
 async def get_execution(request: Request, execution_id: str) -> Response:
@@ -153,13 +145,13 @@ async def get_execution(request: Request, execution_id: str) -> Response:
         )
     except UnknownWorkflowError:
         workflow = None  # its definition was deleted; the record stays readable
-    return _json(record_view(execution, workflow))
+    return json_response(record_view(execution, workflow))
 
 
 @router.get(
     "/executions/{execution_id}/stream",
     response_class=StreamingResponse,
-    responses={**_ERRORS, 204: {"description": "Ended before this cursor: do not reconnect"}},
+    responses={**ERRORS, 204: {"description": "Ended before this cursor: do not reconnect"}},
     summary="Follow an execution from the start or from a cursor",
 )
 async def stream_execution(request: Request, execution_id: str) -> Response:
@@ -180,7 +172,7 @@ async def stream_execution(request: Request, execution_id: str) -> Response:
     "/executions/{execution_id}/cancel",
     status_code=202,
     response_model=ExecutionInfo,
-    responses=_ERRORS,
+    responses=ERRORS,
     summary="Stop an execution, down to the engine",
 )
 async def cancel_execution(request: Request, execution_id: str) -> Response:
@@ -189,7 +181,45 @@ async def cancel_execution(request: Request, execution_id: str) -> Response:
     principal = await services.authenticator.principal(request, Scope.EXECUTE)
     reason = "cancelled by the caller"
     execution = await services.executions.cancel(principal.workspace, execution_id, reason)
-    return _json({"id": execution.id, "status": execution.status}, 202)
+    return json_response({"id": execution.id, "status": execution.status}, 202)
+
+
+@router.get(
+    "/executions",
+    response_model=ExecutionList,
+    responses=ERRORS,
+    summary="Executions of the workspace, newest first",
+)
+async def list_executions(request: Request) -> Response:
+    """`?workflowId=&status=&cursor=&limit=`; items have neither `data` nor `steps`."""
+    services = _services(request)
+    principal = await services.authenticator.principal(request, Scope.READ)
+    query = _list_query(request, principal.workspace)
+    found = await services.executions.recent(query)
+    last = found[-1] if len(found) == query.limit else None
+    cursor = None if last is None else f"{last.created.at_ms}.{last.id}"
+    return json_response({"items": [item_view(one) for one in found], "nextCursor": cursor})
+
+
+@router.post(
+    "/executions/{execution_id}/retry",
+    status_code=202,
+    response_model=ExecutionInfo,
+    responses=ERRORS,
+    summary="Run an ended execution again as a new one",
+)
+async def retry_execution(request: Request, execution_id: str) -> Response:
+    """`?fromStep=` keeps the results of the steps before it."""
+    services = _services(request)
+    principal = await services.authenticator.principal(request, Scope.EXECUTE)
+    wish = RetryWish(request.query_params.get("fromStep"), _idempotency_key(request))
+    started = await services.executions.retry(principal.workspace, execution_id, wish)
+    info = {
+        "id": started.execution.id,
+        "status": started.execution.status,
+        "retryOf": execution_id,
+    }
+    return json_response(info, 202, _started_headers(started))
 
 
 def _services(request: Request) -> Services:
@@ -242,6 +272,22 @@ def _idempotency_key(request: Request) -> str | None:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _list_query(request: Request, workspace: str) -> ListQuery:
+    params = request.query_params
+    status, limit = params.get("status"), params.get("limit", str(LIST_DEFAULT))
+    if status is not None and status not in set(Status):
+        raise InvalidRequestError(f"status is one of {', '.join(Status)}")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= LIST_MAX):
+        raise InvalidRequestError(f"limit is a number from 1 to {LIST_MAX}")
+    before = None
+    if cursor := params.get("cursor"):
+        created_ms, _, last_id = cursor.partition(".")
+        if not (created_ms.isascii() and created_ms.isdigit() and last_id):
+            raise InvalidCursorError("send the nextCursor of the last page as cursor")
+        before = (int(created_ms[:15]), last_id)
+    return ListQuery(workspace, params.get("workflowId"), status, before, int(limit))
 
 
 def _cursor(request: Request) -> int:
@@ -311,7 +357,3 @@ def _started_headers(started: Started) -> dict[str, str]:
     if not started.is_new:
         headers["Idempotency-Replayed"] = "true"
     return headers
-
-
-def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(value), status, headers, "application/json")

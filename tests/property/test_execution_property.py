@@ -1,0 +1,216 @@
+"""Whatever happens in whatever order, an execution ends once, and its journal tells all of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.adapters.event_codec import (
+    changed_fields,
+    decode_event,
+    decode_snapshot,
+    encode_event,
+)
+from serve_app.core.decisions import (
+    ChunkArrived,
+    StepErrored,
+    StepFinished,
+    cancel,
+    due_events,
+    next_wake_ms,
+    record,
+    take_over,
+)
+from serve_app.core.execution import (
+    TERMINAL,
+    Event,
+    Execution,
+    ExecutionCreated,
+    Status,
+    StepStatus,
+    new_execution,
+)
+from serve_app.core.inference import Usage
+from serve_app.core.retry import Backoff, RetryPolicy
+from serve_app.core.workflow import Step, Workflow
+from tests.support.workflows import CREATED, EXECUTION_ID, T0, a_step, a_workflow, evaluate, folded
+
+STEP_IDS = ("a", "b", "c", "d", "e")
+CODES = ("STEP_FAILED", "INTERNAL", "CONNECTION_FAILED", "NO_HOSTS_AVAILABLE", "CANCELLED")
+USAGE = Usage(3, 2, 1)
+ROUNDS_MAX = 400  # to drain a workflow of five steps, each lost or retried a few times
+
+
+@dataclass
+class World:
+    """One execution, its journal and its snapshot, moved by whoever wishes."""
+
+    workflow: Workflow
+    created: ExecutionCreated
+    now_ms: int = T0
+    journal: list[Event] = field(default_factory=list)
+    snapshot: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.execution = new_execution(EXECUTION_ID, self.created)
+        self.snapshot["created"] = encode_event(self.created)[1]
+
+    def add(self, events: tuple[Event, ...]) -> None:
+        before, self.execution = self.execution, folded(self.execution, events)
+        self.journal.extend(events)
+        self.snapshot.update(changed_fields(before, self.execution))
+
+    def settle(self) -> None:
+        while due := due_events(self.execution, self.workflow, self.now_ms, evaluate):
+            self.add(due)
+
+    @property
+    def running(self) -> list[str]:
+        steps = self.execution.steps.items()
+        return [step_id for step_id, step in steps if step.status is StepStatus.RUNNING]
+
+    def check(self) -> None:
+        """The journal and the snapshot, read back from bytes, both give the present state."""
+        reread = (decode_event(*encode_event(event)) for event in self.journal)
+        start = new_execution(EXECUTION_ID, self.created)
+        assert folded(start, reread) == self.execution
+        seq, status = str(self.execution.seq).encode(), self.execution.status.encode()
+        fields = {**self.snapshot, "seq": seq, "status": status}
+        assert decode_snapshot(EXECUTION_ID, fields) == self.execution
+
+
+policies = st.builds(
+    RetryPolicy,
+    attempts=st.integers(0, 2),
+    backoff=st.sampled_from(Backoff),
+    max_delay_ms=st.integers(0, 500),
+    initial_delay_ms=st.integers(0, 300),
+)
+
+
+@st.composite
+def workflows(draw: st.DrawFn) -> Workflow:
+    steps: list[Step] = []
+    for step_id in STEP_IDS[: draw(st.integers(1, len(STEP_IDS)))]:
+        needs = draw(st.sets(st.sampled_from([step.id for step in steps]))) if steps else ()
+        steps.append(
+            a_step(
+                step_id,
+                needs=tuple(sorted(needs)),
+                when=draw(st.sampled_from((None, None, None, "true", "false", "1", "input.none"))),
+                retry=draw(st.none() | policies),
+            )
+        )
+    output = draw(st.sampled_from((None, "{{ input.name }}", "{{ input.none }}")))
+    return a_workflow(*steps, **({} if output is None else {"output": output}))
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    created = ExecutionCreated(
+        at_ms=T0,
+        workspace=CREATED.workspace,
+        workflow_id="wf",
+        workflow_version=1,
+        input={"name": "Ada"},
+        timeout_ms=draw(st.none() | st.integers(1, 5_000)),
+        retry=draw(policies),
+    )
+    return World(draw(workflows()), created)
+
+
+def advance(world: World, draw: Callable[..., object]) -> None:
+    world.now_ms += draw(st.integers(0, 2_000))
+
+
+def report(world: World, draw: Callable[..., object]) -> None:
+    """A running step reports, or a report comes of an attempt that is void or never was."""
+    step_id = draw(st.sampled_from(world.running or STEP_IDS))
+    state = world.execution.steps.get(step_id)
+    attempt = (state.attempt if state else 1) + draw(st.sampled_from((0, 0, 0, 0, -1, 1)))
+    fact = draw(
+        st.sampled_from(
+            (
+                ChunkArrived(step_id, attempt, "text", (1, 2)),
+                StepFinished(step_id, attempt, {"n": 1}, USAGE),
+                *(StepErrored(step_id, attempt, "broke", code, True, USAGE) for code in CODES),
+                StepErrored(step_id, attempt, "broke", "INVALID_PROMPT", False, USAGE),
+            )
+        )
+    )
+    world.add(record(world.execution, world.workflow, fact, world.now_ms, draw(jitters)))
+
+
+def ask_to_cancel(world: World, draw: Callable[..., object]) -> None:
+    if draw(st.integers(0, 3)) == 0 and not world.execution.is_terminal:
+        world.add(cancel(world.execution, "enough", world.now_ms))
+
+
+def lose_worker(world: World, draw: Callable[..., object]) -> None:
+    world.add(take_over(world.execution, world.now_ms))
+
+
+jitters = st.floats(0, 1, exclude_max=True)
+MOVES = (advance, report, report, report, ask_to_cancel, lose_worker)
+
+
+def finish(world: World) -> None:
+    """Let the owner do its work until the end: wake when it is time, let running steps finish."""
+    for _ in range(ROUNDS_MAX):
+        world.settle()
+        if world.execution.is_terminal:
+            return
+        if running := world.running:
+            done = StepFinished(running[0], world.execution.steps[running[0]].attempt, 1)
+            world.add(record(world.execution, world.workflow, done, world.now_ms, 0.5))
+        else:
+            wakes = (world.execution.wake_at_ms, next_wake_ms(world.execution))
+            world.now_ms = max(world.now_ms, min(wake for wake in wakes if wake is not None))
+    raise AssertionError(f"no end in sight: {world.execution}")
+
+
+@given(worlds(), st.data())
+def test_any_history_leads_to_exactly_one_end_and_can_be_read_back(
+    world: World, data: st.DataObject
+) -> None:
+    for move in data.draw(st.lists(st.sampled_from(MOVES), max_size=30)):
+        if data.draw(st.booleans()):
+            world.settle()  # or not: reports may pile up before the owner looks again
+            assert_settled(world.execution, world.running)
+        move(world, data.draw)
+    world.check()
+    finish(world)
+    world.check()
+    statuses = list(history(world))
+    assert [status for status in statuses if status in TERMINAL] == [statuses[-1]]
+    assert due_events(world.execution, world.workflow, world.now_ms + 10**9, evaluate) == ()
+    assert world.execution.attempt <= world.created.retry.attempts + 1
+
+
+def assert_settled(execution: Execution, running: list[str]) -> None:
+    """At rest it has ended, sleeps with a time to wake, or has a step at work."""
+    if execution.status is Status.WAITING:
+        assert execution.wake_at_ms is not None
+        assert not running
+    elif not execution.is_terminal:
+        assert execution.status is Status.RUNNING
+        assert running
+
+
+def history(world: World) -> list[Status]:
+    """The status after each event."""
+    state, statuses = new_execution(EXECUTION_ID, world.created), []
+    for event in world.journal:
+        state = folded(state, (event,))
+        statuses.append(state.status)
+    return statuses
+
+
+@given(worlds(), st.data())
+def test_the_same_arguments_give_the_same_decision(world: World, data: st.DataObject) -> None:
+    for move in data.draw(st.lists(st.sampled_from(MOVES), max_size=10)):
+        move(world, data.draw)
+        arguments = (world.execution, world.workflow, world.now_ms, evaluate)
+        assert due_events(*arguments) == due_events(*arguments)
+        world.settle()
