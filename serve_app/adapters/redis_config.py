@@ -38,6 +38,10 @@ class _Cache(Generic[Value]):
             return None
         return (found[1],)
 
+    def drop(self, key: str) -> None:
+        """Forget what this process itself has just changed."""
+        self._values.pop(key, None)
+
     def put(self, key: str, value: Value) -> Value:
         if len(self._values) >= CACHE_MAX:
             self._values.clear()
@@ -65,6 +69,7 @@ class RedisCatalog:
         version, is_new = await self._calls.fcall(
             "ip1_define", CONFIG_KEY, workspace, workflow.id, data, base
         )
+        self._latest.drop(f"{workspace}:{workflow.id}")
         return Defined(workflow, int(version), bool(is_new))
 
     def check(self, document: object) -> Workflow:
@@ -73,7 +78,9 @@ class RedisCatalog:
 
     async def undefine(self, workspace: str, workflow_id: str) -> bool:
         """See `ports.WorkflowCatalog`."""
-        return bool(await self._calls.fcall("ip1_undefine", CONFIG_KEY, workspace, workflow_id))
+        was_there = await self._calls.fcall("ip1_undefine", CONFIG_KEY, workspace, workflow_id)
+        self._latest.drop(f"{workspace}:{workflow_id}")
+        return bool(was_there)
 
     async def ids(self, workspace: str) -> tuple[str, ...]:
         """See `ports.WorkflowCatalog`."""

@@ -15,6 +15,13 @@ CHAT = {
     "input": {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "maxTokens": 40},
 }
 
+STORY = {
+    "messages": [{"role": "user", "content": "Tell me a very long story about a ship at sea."}],
+    "temperature": 0,
+    "maxTokens": 400,
+}
+LONG = {"workflowId": "chat-assistant", "input": STORY}
+
 
 @pytest.fixture
 def http(service: Service) -> Any:
@@ -105,9 +112,7 @@ def test_a_cursor_beyond_the_end_gets_a_gap(http: httpx.Client) -> None:
 
 
 def test_cancel_ends_a_generation(http: httpx.Client) -> None:
-    long = json.loads(json.dumps(CHAT))
-    long["input"]["maxTokens"] = 400
-    with http.stream("POST", "/v1/execute/stream", json=long) as answer:
+    with http.stream("POST", "/v1/execute/stream", json=LONG) as answer:
         execution_id = answer.headers["x-execution-id"]
         body = ""
         asked = 0.0
@@ -127,13 +132,12 @@ def test_cancel_ends_a_generation(http: httpx.Client) -> None:
 
 
 def test_timeout_fails_the_execution(http: httpx.Client) -> None:
-    body = {**CHAT, "input": {**CHAT["input"], "maxTokens": 400}, "timeout": 60}
-    result = http.post("/v1/execute", json=body).json()
+    result = http.post("/v1/execute", json={**LONG, "timeout": 60}).json()
     assert (result["status"], result["errorCode"]) == ("failed", "TIMEOUT")
 
 
 def test_a_caller_that_leaves_cancels(http: httpx.Client, service: Service) -> None:
-    body = {**CHAT, "input": {**CHAT["input"], "maxTokens": 400}, "metadata": {"leaver": "1"}}
+    body = {**LONG, "input": {**STORY, "maxTokens": 60}}
     key = {"Idempotency-Key": "leave-and-return"}
     with pytest.raises(httpx.ReadTimeout):
         http.post("/v1/execute", json=body, timeout=0.15, headers=key)
@@ -143,7 +147,7 @@ def test_a_caller_that_leaves_cancels(http: httpx.Client, service: Service) -> N
 
     with service.watch_new_executions() as new_ids:
         with pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/execute", json=body, timeout=0.15)
+            http.post("/v1/execute", json=LONG, timeout=0.15)
         execution_id = new_ids()[0]
     assert wait_for(http, execution_id, "cancelled", "completed")["status"] == "cancelled"
 

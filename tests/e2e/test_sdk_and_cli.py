@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import jsonschema_rs
 import pytest
@@ -26,8 +27,9 @@ SENTIMENT = {
 
 
 @pytest.fixture
-def client(service: Service) -> InferPipe:
-    return InferPipe(api_key=API_KEY, base_url=service.url)
+def client(service: Service) -> Iterator[InferPipe]:
+    with InferPipe(api_key=API_KEY, base_url=service.url) as opened:
+        yield opened
 
 
 def test_execute_and_get(client: InferPipe) -> None:

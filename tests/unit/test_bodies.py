@@ -58,7 +58,7 @@ SHAPES = {
     "empty lists": ("[", "", "]"),
     "lists": ("[", "1", "]"),
     "objects": ('{"a":', "null", "}"),
-    "beside others": ("[[],{},", "1", ",[1]]"),
+    "beside others": ('{"b":1,"a":', "null", ',"c":2}'),
 }
 
 

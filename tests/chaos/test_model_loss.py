@@ -1,0 +1,111 @@
+"""The model replica killed in the middle of generations, and generations that are cancelled."""
+
+import asyncio
+import time
+from collections import Counter
+from datetime import datetime
+
+import httpx
+import psutil
+import pytest
+
+from tests.chaos.conftest import Cluster, Reading, ended, follow, kill, show, spread, start
+from tests.support.checker import Entry
+
+EXECUTIONS = 20
+CANCELS = 20
+pytestmark = pytest.mark.timeout(300)
+
+
+async def test_kill_of_the_model_replica(cluster: Cluster, http: httpx.AsyncClient) -> None:
+    ids = [await start(http, "story") for _ in range(EXECUTIONS // 2)]
+    ids += [await start(http, "saga") for _ in range(EXECUTIONS // 2)]
+    await asyncio.sleep(0.5)
+    [pid] = cluster.service.replica_pids("model_replica")
+    engine = psutil.Process(pid).children(recursive=True)
+    killed_s = kill(pid)
+    killed_ms = time.time() * 1000
+    records = await ended(http, ids, within_s=150)
+    took_s = time.monotonic() - killed_s
+    journals = cluster.check(*ids)
+    losses = [e for journal in journals for e in journal if e.kind == "step.retrying"]
+    first_ms = min(
+        entry.data["at_ms"]
+        for journal in journals
+        for entry in journal
+        if entry.kind == "chunk" and entry.data["at_ms"] > killed_ms + 2000
+    )
+    assert Counter(record["status"] for record in records) == {"completed": EXECUTIONS}
+    assert {record["attempts"] for record in records} == {1}
+    assert {step["attempts"] for record in records for step in record["steps"]} == {1}
+    assert losses
+    _, left = psutil.wait_procs(engine, timeout=10)
+    assert left == []
+    show(
+        "kill -9 of the model replica in the middle of generations",
+        {
+            "executions completed": f"{EXECUTIONS} of {EXECUTIONS}, attempts 1 each",
+            "generations lost": sum(bool(journal_losses(j)) for j in journals),
+            "goes at the engine before it was back": len(losses),
+            "kill to first token again": f"{(first_ms - killed_ms) / 1000:.1f} s",
+            "kill to last end": f"{took_s:.1f} s",
+            "engine processes left": len(left),
+        },
+    )
+
+
+def journal_losses(journal: list[Entry]) -> int:
+    return sum(entry.kind == "step.retrying" for entry in journal)
+
+
+async def test_cancel_reaches_the_engine(cluster: Cluster, http: httpx.AsyncClient) -> None:
+    asked: dict[str, float] = {}
+    ended_ms = []
+    async with cluster.connect() as caller:
+        await caller.get("/v1/health")  # the connection stands before the clock runs
+        for _ in range(CANCELS):
+            execution_id = await start(http, "saga")
+            cancelling: list[asyncio.Task[httpx.Response]] = []
+
+            def seen(
+                entry: Entry,
+                eid: str = execution_id,
+                cancelling: list[asyncio.Task[httpx.Response]] = cancelling,
+            ) -> bool:
+                if not cancelling and entry.kind == "chunk":
+                    asked[eid] = time.time() * 1000
+                    post = caller.post(f"/v1/executions/{eid}/cancel")
+                    cancelling.append(asyncio.create_task(post))
+                return False
+
+            reading = await follow(http, Reading(execution_id), seen=seen)
+            ended_ms.append(time.time() * 1000 - asked[execution_id])
+            assert (await cancelling[0]).status_code == 202
+            assert reading.view[-1].kind == "execution.cancelled"
+    aborted_ms = await aborts(cluster, list(asked))
+    cluster.check(*asked)
+    show(
+        "cancel during a generation, from the POST",
+        {
+            "to the engine's abort": spread([aborted_ms[one] - asked[one] for one in asked], "ms"),
+            "to the terminal event at the reader": spread(ended_ms, "ms"),
+        },
+    )
+
+
+async def aborts(cluster: Cluster, execution_ids: list[str]) -> dict[str, float]:
+    """When the engine noted the abort of each execution's generation, Unix ms."""
+    async with asyncio.timeout(10):
+        while True:
+            found = {
+                record["request_id"].partition("/")[0]: ms_of(record["ts"])
+                for record in cluster.log_records("model")
+                if record["message"] == "generation aborted"
+            }
+            if found.keys() >= set(execution_ids):
+                return found
+            await asyncio.sleep(0.1)
+
+
+def ms_of(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp() * 1000
