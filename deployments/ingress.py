@@ -16,7 +16,7 @@ from serve_app.adapters.serve_admission import Handle, ServeAdmission
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link import TcpTokenLink
 from serve_app.adapters.telemetry import configure_logging
-from serve_app.core.auth import Principal, Scope
+from serve_app.core.auth import SHOWN_CHARACTERS, KeyRecord, Scope
 from serve_app.ingress.app import Services, create_app
 from serve_app.ingress.auth import Authenticator
 from serve_app.ingress.views import render_sse
@@ -75,6 +75,7 @@ class Ingress:
             ),
             feeds=feeds,
             catalog=catalog,
+            keys=keys,
             authenticator=Authenticator(keys, settings.workspace_id, is_dev=settings.dev),
             health=health,
             clock=clock,
@@ -83,10 +84,7 @@ class Ingress:
             version=version("inferpipe"),
         )
         await publish_definitions(catalog, settings)
-        await keys.put(
-            settings.api_key.get_secret_value(),
-            Principal(settings.workspace_id, Scope.ADMIN, FIRST_KEY_ID),
-        )
+        await _publish_first_key(keys, settings, clock.now_ms())
         self._background = Background()
         self._background.start("feeds", feeds.run())
         self._background.start("health", health.run())
@@ -98,3 +96,13 @@ class Ingress:
     async def check_health(self) -> None:
         """Unhealthy when the hub or the sampler has ended."""
         self._background.check()
+
+
+async def _publish_first_key(keys: RedisKeys, settings: Settings, now_ms: int) -> None:
+    key = settings.api_key.get_secret_value()
+    shown = key[:SHOWN_CHARACTERS] if len(key) > 2 * SHOWN_CHARACTERS else ""
+    record = KeyRecord(
+        FIRST_KEY_ID, settings.workspace_id, "first key", (Scope.ADMIN,), shown, now_ms
+    )
+    await keys.put(key, record)
+    await keys.add_workspace(settings.workspace_id, settings.workspace_id)

@@ -31,6 +31,9 @@ __all__ = [
     "ExecutionResult",
     "ExecutionStatus",
     "HealthStatus",
+    "KeyList",
+    "KeyRequest",
+    "KeyView",
     "Problem",
     "ProblemItem",
     "RetryConfig",
@@ -44,6 +47,9 @@ __all__ = [
     "WireModel",
     "WorkflowList",
     "WorkflowView",
+    "WorkspaceList",
+    "WorkspaceRequest",
+    "WorkspaceView",
     "encode_sse",
 ]
 
@@ -215,6 +221,56 @@ class Validation(WireModel):
 
     valid: bool
     errors: list["ProblemItem"] = Field(default_factory=list)
+
+
+class KeyRequest(_RequestModel):
+    """A key to make; each scope includes those before it: read, execute, admin."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    scopes: Annotated[list[Literal["read", "execute", "admin"]], Field(min_length=1, max_length=3)]
+    expires_at: Timestamp | None = None
+
+
+class KeyView(WireModel):
+    """A key without the key; `key` is there only in the answer that made it."""
+
+    id: str
+    name: str
+    prefix: str
+    scopes: list[str]
+    created_at: Timestamp
+    expires_at: Timestamp | None = None
+    key: str | None = None
+
+
+class KeyList(WireModel):
+    """The keys of a workspace, oldest first."""
+
+    items: list[KeyView] = Field(default_factory=list)
+    next_cursor: str | None = None
+
+
+class WorkspaceRequest(_RequestModel):
+    """A workspace to make."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    name: Annotated[str, Field(max_length=100)] | None = None
+
+
+class WorkspaceView(WireModel):
+    """A workspace; `api_key`, its first admin key, only in the answer that made it."""
+
+    id: str
+    name: str | None = None
+    created_at: Timestamp | None = None
+    api_key: str | None = None
+
+
+class WorkspaceList(WireModel):
+    """All workspaces, by id."""
+
+    items: list[WorkspaceView] = Field(default_factory=list)
+    next_cursor: str | None = None
 
 
 class HealthStatus(WireModel):

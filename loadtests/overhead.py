@@ -3,7 +3,7 @@
 Run it as `python -m loadtests.overhead` from the root of the repository; it takes about 100 s. Both
 arms go through the same proxy, application and client; they take turns, and their order changes
 each round, so that a slow moment of the machine meets both. CPU counts the service's processes,
-the store included, and what they spend idle.
+the store included, less what they spend with nothing to do.
 """
 
 import argparse
@@ -15,13 +15,14 @@ import uvloop
 
 from loadtests.http_client import Timings, closed_loop
 from loadtests.service import (
+    CallCpu,
+    CpuMeter,
     Target,
     add_target_arguments,
     execute_body,
     given_or_tiny,
-    idle_share,
     machine,
-    per_call_ms,
+    middle_parts,
     spread,
 )
 
@@ -41,8 +42,12 @@ class Arm:
     """All rounds of one route at one concurrency."""
 
     timings: list[Timings] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)
-    parts_ms: list[dict[str, float]] = field(default_factory=list)
+    cpu: list[CallCpu] = field(default_factory=list)
+
+    @property
+    def cpu_ms(self) -> list[float]:
+        """CPU ms per request of each round."""
+        return [call.net_ms for call in self.cpu]
 
     def values(self, name: str) -> list[float]:
         """One figure of each round."""
@@ -68,7 +73,7 @@ async def run_round(target: Target, route: str, concurrency: int, seconds: float
             connection.close()
 
 
-async def measure(target: Target) -> dict[tuple[int, str], Arm]:
+async def measure(target: Target, meter: CpuMeter) -> dict[tuple[int, str], Arm]:
     """All arms, taking turns."""
     arms = {(c, route): Arm() for c in CONCURRENCIES for route in REQUESTS}
     for route in REQUESTS:
@@ -76,13 +81,11 @@ async def measure(target: Target) -> dict[tuple[int, str], Arm]:
     for number in range(ROUNDS):
         for concurrency in CONCURRENCIES:
             for route in sorted(REQUESTS, reverse=bool(number % 2)):
-                before = target.cpu_s()
+                meter.start()
                 timings = await run_round(target, route, concurrency, SECONDS)
-                parts_ms = per_call_ms(before, target.cpu_s(), timings.count)
                 arm = arms[concurrency, route]
                 arm.timings.append(timings)
-                arm.parts_ms.append(parts_ms)
-                arm.cpu_ms.append(sum(parts_ms.values()))
+                arm.cpu.append(meter.per_call_ms(timings.count))
     return arms
 
 
@@ -98,18 +101,11 @@ def print_table(arms: dict[tuple[int, str], Arm]) -> None:
         print(f"| {concurrency} | {route} | {' | '.join(cells)} |")
     for concurrency in CONCURRENCIES:
         bare, echo = arms[concurrency, HEALTH], arms[concurrency, ECHO]
-        pairs = {name: (bare.median(name), echo.median(name)) for name in ("p50_ms", "p99_ms")}
-        pairs["CPU ms"] = (statistics.median(bare.cpu_ms), statistics.median(echo.cpu_ms))
-        shown = [f"{name} +{b - a:.2f} (x{b / a:.1f})" for name, (a, b) in pairs.items() if a]
-        print(f"\nechoing beside the bare route, {concurrency} callers: {', '.join(shown)}")
-        print("  CPU ms of one echo:", middle_parts(echo))
-
-
-def middle_parts(arm: Arm) -> str:
-    """The parts' medians, the dear ones."""
-    names = arm.parts_ms[0] if arm.parts_ms else {}
-    middle = {name: statistics.median(p.get(name, 0.0) for p in arm.parts_ms) for name in names}
-    return ", ".join(f"{name} {ms:.2f}" for name, ms in middle.items() if ms >= 0.005)
+        pairs = {n[:3]: (bare.median(n), echo.median(n)) for n in ("p50_ms", "p99_ms")}
+        pairs["CPU"] = (statistics.median(bare.cpu_ms), statistics.median(echo.cpu_ms))
+        shown = [f"{name} +{b - a:.2f} ms (x{b / a:.1f})" for name, (a, b) in pairs.items() if a]
+        print(f"\ntest-echo beside the bare route, {concurrency} callers: {', '.join(shown)}")
+        print("  CPU ms of one echo:", middle_parts(echo.cpu))
 
 
 def main() -> None:
@@ -117,8 +113,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_target_arguments(parser)
     with given_or_tiny(parser.parse_args()) as target:
-        print(f"{machine()}; idle {100 * idle_share(target):.0f} % of a core")
-        print_table(uvloop.run(measure(target)))
+        meter = CpuMeter(target)
+        print(f"{machine()}\n{meter.idle}")
+        print_table(uvloop.run(measure(target, meter)))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +53,13 @@ class Target:
         key = {"Authorization": f"Bearer {self.api_key}"}
         return Connection(parts.hostname, parts.port or 80, key)
 
-    def cpu_s(self) -> Counter[str]:
+    def cpu_s(self) -> Mapping[str, float]:
         """User and system seconds so far, by part; empty where the processes are not known."""
-        spent: Counter[str] = Counter()
+        spent: defaultdict[str, float] = defaultdict(float)
         for process in self.processes():
             try:
                 times = process.cpu_times()
-                spent[part_of(process)] += times.user + times.system  # type: ignore[assignment]
+                spent[part_of(process)] += times.user + times.system
             except psutil.NoSuchProcess:
                 continue  # Ray's helpers come and go
         return spent
@@ -77,10 +77,56 @@ def part_of(process: psutil.Process) -> str:
     return next((part for part, word in PARTS.items() if word in words), REST)
 
 
-def per_call_ms(before: Counter[str], after: Counter[str], count: int) -> dict[str, float]:
-    """CPU ms per call, by part, dearest first."""
-    spent = {part: 1000 * (after[part] - before[part]) / max(1, count) for part in after}
-    return dict(sorted(spent.items(), key=lambda item: -item[1]))
+class CpuMeter:
+    """CPU ms per call of the service's processes, and what they take with nothing to do."""
+
+    def __init__(self, target: Target, idle_s: float = 3.0) -> None:
+        self._target = target
+        before = target.cpu_s()
+        time.sleep(idle_s)
+        self._idle = {part: (s - before[part]) / idle_s for part, s in target.cpu_s().items()}
+        self._before: Mapping[str, float] = before
+        self._started_s = time.perf_counter()
+
+    @property
+    def idle(self) -> str:
+        """The idle share of one core, whole and by part."""
+        shares = sorted(self._idle.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{part} {100 * share:.1f}" for part, share in shares if share >= 0.001)
+        return f"idle: {100 * sum(self._idle.values()):.0f} % of a core ({parts})"
+
+    def start(self) -> None:
+        """Begin a span."""
+        self._before = self._target.cpu_s()
+        self._started_s = time.perf_counter()
+
+    def per_call_ms(self, count: int) -> "CallCpu":
+        """What the calls since `start` took each."""
+        after, seconds = self._target.cpu_s(), time.perf_counter() - self._started_s
+        spent = {part: 1000 * (s - self._before.get(part, 0.0)) for part, s in after.items()}
+        calls = max(1, count)
+        idle = {part: 1000 * seconds * share for part, share in self._idle.items()}
+        parts = {part: (ms - idle.get(part, 0.0)) / calls for part, ms in spent.items()}
+        return CallCpu(sum(spent.values()) / calls, sum(parts.values()), parts)
+
+
+@dataclass(frozen=True, slots=True)
+class CallCpu:
+    """CPU ms of one call: all that was spent, less the idle share, and that by part."""
+
+    gross_ms: float
+    net_ms: float
+    parts_ms: Mapping[str, float]
+
+
+def middle_parts(calls: Sequence[CallCpu]) -> str:
+    """The parts' medians over several spans, dearest first."""
+    names = {name for call in calls for name in call.parts_ms}
+    middle = {
+        name: statistics.median(call.parts_ms.get(name, 0.0) for call in calls) for name in names
+    }
+    shown = sorted(middle.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {ms:.2f}" for name, ms in shown if ms >= 0.005)
 
 
 @contextmanager
@@ -119,13 +165,6 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="a service that runs; none: one is started")
     parser.add_argument("--api-key", default="", help="its key")
     parser.add_argument("--pid", type=int, help="its `inferpipe up` process, for CPU figures")
-
-
-def idle_share(target: Target, seconds: float = 3.0) -> float:
-    """How much of one core the service takes with nothing to do."""
-    before = target.cpu_s()
-    time.sleep(seconds)
-    return (target.cpu_s().total() - before.total()) / seconds
 
 
 def spread(values: list[float]) -> str:

@@ -1,5 +1,7 @@
 """The outside world on one page: what the services need, and who must provide it.
 
+Longer than 400 lines because a reader wants all of it in one place.
+
 Owns the protocols only. Their implementations stand in `adapters/`, one file per technology and
 port; tests have their own. Invariant: a port speaks core's values, never a library's.
 """
@@ -17,7 +19,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from serve_app.core.auth import Principal
+from serve_app.core.auth import KeyRecord, Principal
 from serve_app.core.errors import Problem
 from serve_app.core.execution import Execution, ExecutionCreated
 from serve_app.core.inference import (
@@ -379,8 +381,28 @@ class ReplicaRegistry(Protocol):
 
 
 class KeyRing(Protocol):
-    """API keys."""
+    """API keys, known by their hash alone, and the workspaces they belong to."""
 
     async def find(self, key: str) -> Principal | None:
-        """Who a key belongs to; None when it is not known."""
+        """Who a key belongs to; None when it is not known or has expired."""
+        ...
+
+    async def put(self, key: str, record: KeyRecord) -> None:
+        """Make a key known, or change its record."""
+        ...
+
+    async def records(self, workspace: str) -> Sequence[KeyRecord]:
+        """The keys of a workspace, oldest first."""
+        ...
+
+    async def revoke(self, workspace: str, key_id: str) -> bool:
+        """Forget a key, everywhere within a second; whether it was there."""
+        ...
+
+    async def add_workspace(self, workspace: str, name: str) -> bool:
+        """Make a workspace; False when it is there already."""
+        ...
+
+    async def workspaces(self) -> Mapping[str, tuple[str, int]]:
+        """Name and creation time (Unix ms) by id."""
         ...

@@ -20,12 +20,12 @@ from serve_app.adapters.model_weights import check_model_dir, prepare_default_mo
 from serve_app.adapters.redis_replicas import ReplicaPhase, read_phases
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.valkey_server import EmbeddedValkey
+from serve_app.core.auth import new_key
 from serve_app.main import build_app
 from serve_app.settings import Settings
 
 START_WITHIN_S = 300.0  # weights, engine and Ray on a slow machine
 LOOK_S = 0.25
-KEY_PREFIX = "ip_"
 
 
 async def serve_locally(settings: Settings) -> None:
@@ -166,7 +166,7 @@ def _with_secrets(settings: Settings) -> tuple[Settings, bool]:
     """The settings with every secret set, and whether the API key was made just now."""
     secret = settings.cluster_secret.get_secret_value() or _kept_secret(settings.data_dir)
     key = settings.api_key.get_secret_value()
-    made = KEY_PREFIX + SystemEntropy().token()
+    made = new_key(SystemEntropy().token())
     is_dev = settings.dev if "dev" in settings.model_fields_set else settings.is_loopback
     update = {
         "cluster_secret": SecretStr(secret),

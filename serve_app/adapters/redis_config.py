@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import orjson
 
 from serve_app.adapters.redis_calls import RedisCalls
-from serve_app.core.auth import Principal, Scope, key_digest
+from serve_app.core.auth import KeyRecord, Principal, Scope, key_digest
 from serve_app.core.errors import UnknownWorkflowError
 from serve_app.core.workflow import Workflow
 from serve_app.ports import Clock, Defined
@@ -18,6 +18,8 @@ from serve_app.ports import Clock, Defined
 CONFIG_KEY = "ip:{config}"
 SHIPPED = "_shipped"  # no workspace can have this name: its pattern forbids the underscore
 CACHE_S = 1.0
+_KEYS = f"{CONFIG_KEY}:keys"
+_WORKSPACES = f"{CONFIG_KEY}:workspaces"
 CACHE_MAX = 10_000
 
 Value = TypeVar("Value")
@@ -151,34 +153,64 @@ class RedisCatalog:
 
 
 class RedisKeys:
-    """API keys by their hash."""
+    """API keys by their hash, and the workspaces they belong to."""
 
     def __init__(self, calls: RedisCalls, clock: Clock) -> None:
         self._calls = calls
-        self._cache: _Cache[Principal | None] = _Cache(clock)
+        self._clock = clock
+        self._cache: _Cache[KeyRecord | None] = _Cache(clock)
 
     async def find(self, key: str) -> Principal | None:
-        """Who a key belongs to; None when it is not known."""
+        """See `ports.KeyRing`."""
         digest = key_digest(key)
         cached = self._cache.get(digest)
-        if cached:
-            return cached[0]
-        data = await self._calls.call("HGET", f"{CONFIG_KEY}:keys", digest)
-        return self._cache.put(digest, None if data is None else _principal(orjson.loads(data)))
+        record = cached[0] if cached else self._cache.put(digest, await self._read(digest))
+        if record is None:
+            return None
+        is_over = record.expires_at_ms is not None and self._clock.now_ms() >= record.expires_at_ms
+        return None if is_over else record.principal()
 
-    async def put(self, key: str, principal: Principal) -> None:
-        """Make a key known."""
-        record = orjson.dumps(
-            {"id": principal.key_id, "workspace": principal.workspace, "scope": principal.scope}
-        )
-        await self._calls.call("HSET", f"{CONFIG_KEY}:keys", key_digest(key), record)
+    async def put(self, key: str, record: KeyRecord) -> None:
+        """See `ports.KeyRing`."""
+        await self._calls.call("HSET", _KEYS, key_digest(key), orjson.dumps(record))
 
-    async def any_admin(self, workspace: str) -> bool:
-        """Whether the workspace has an admin key."""
-        records = await self._calls.call("HVALS", f"{CONFIG_KEY}:keys")
-        principals = [_principal(orjson.loads(record)) for record in records]
-        return any(p.workspace == workspace and p.can(Scope.ADMIN) for p in principals)
+    async def records(self, workspace: str) -> tuple[KeyRecord, ...]:
+        """See `ports.KeyRing`."""
+        rows = await self._calls.call("HVALS", _KEYS)
+        found = [record for record in map(_record, rows) if record.workspace == workspace]
+        return tuple(sorted(found, key=_created))
+
+    async def revoke(self, workspace: str, key_id: str) -> bool:
+        """See `ports.KeyRing`."""
+        rows = await self._calls.call("HGETALL", _KEYS)
+        for digest, row in rows.items():
+            record = _record(row)
+            if record.id == key_id and record.workspace == workspace:
+                self._cache.drop(digest.decode())
+                return bool(await self._calls.call("HDEL", _KEYS, digest))
+        return False
+
+    async def add_workspace(self, workspace: str, name: str) -> bool:
+        """See `ports.KeyRing`."""
+        record = orjson.dumps({"name": name, "at_ms": self._clock.now_ms()})
+        return bool(await self._calls.call("HSETNX", _WORKSPACES, workspace, record))
+
+    async def workspaces(self) -> Mapping[str, tuple[str, int]]:
+        """See `ports.KeyRing`."""
+        rows = await self._calls.call("HGETALL", _WORKSPACES)
+        loaded = {name.decode(): orjson.loads(row) for name, row in rows.items()}
+        return {name: (row["name"], row["at_ms"]) for name, row in sorted(loaded.items())}
+
+    async def _read(self, digest: str) -> KeyRecord | None:
+        data = await self._calls.call("HGET", _KEYS, digest)
+        return None if data is None else _record(data)
 
 
-def _principal(record: dict[str, Any]) -> Principal:
-    return Principal(record["workspace"], Scope(record["scope"]), record["id"])
+def _record(data: bytes) -> KeyRecord:
+    members: dict[str, Any] = orjson.loads(data)
+    members["scopes"] = tuple(Scope(scope) for scope in members["scopes"])
+    return KeyRecord(**members)
+
+
+def _created(record: KeyRecord) -> tuple[int, str]:
+    return record.created_at_ms, record.id

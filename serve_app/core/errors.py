@@ -26,6 +26,8 @@ class ErrorCode(StrEnum):
     METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
     UNKNOWN_WORKFLOW = "UNKNOWN_WORKFLOW"
     UNKNOWN_EXECUTION = "UNKNOWN_EXECUTION"
+    UNKNOWN_KEY = "UNKNOWN_KEY"
+    WORKSPACE_EXISTS = "WORKSPACE_EXISTS"
     ALREADY_TERMINAL = "ALREADY_TERMINAL"
     NOT_TERMINAL = "NOT_TERMINAL"
     IDEMPOTENCY_CONFLICT = "IDEMPOTENCY_CONFLICT"
@@ -127,6 +129,18 @@ class UnknownExecutionError(ServeAppError):
     """No execution of this id in the workspace."""
 
     code = ErrorCode.UNKNOWN_EXECUTION
+
+
+class UnknownKeyError(ServeAppError):
+    """No key of this id in the workspace."""
+
+    code = ErrorCode.UNKNOWN_KEY
+
+
+class WorkspaceExistsError(ServeAppError):
+    """A workspace of this id is there already."""
+
+    code = ErrorCode.WORKSPACE_EXISTS
 
 
 class AlreadyTerminalError(ServeAppError):

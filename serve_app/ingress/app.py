@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.core.errors import ErrorCode, ServeAppError
 from serve_app.ingress.auth import Authenticator
 from serve_app.ingress.errors import problem_response
-from serve_app.ports import Clock, Entropy, WorkflowCatalog
+from serve_app.ports import Clock, Entropy, KeyRing, WorkflowCatalog
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
@@ -38,6 +38,7 @@ class Services:
     executions: Executions
     feeds: Feeds
     catalog: WorkflowCatalog
+    keys: KeyRing
     authenticator: Authenticator
     health: Health
     clock: Clock
@@ -60,7 +61,7 @@ class _HttpError(ServeAppError):
 
 def create_app(services: Services) -> FastAPI:
     """The application over ready services."""
-    from serve_app.ingress.routes import executions, health, workflows  # noqa: PLC0415 - routes import Services
+    from serve_app.ingress.routes import executions, health, keys, workflows  # noqa: PLC0415 - routes import Services
 
     app = FastAPI(
         title="inferpipe",
@@ -71,6 +72,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.include_router(executions.router)
     app.include_router(workflows.router)
+    app.include_router(keys.router)
     app.include_router(health.router)
     app.add_exception_handler(ServeAppError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

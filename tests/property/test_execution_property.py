@@ -108,6 +108,8 @@ def workflows(draw: st.DrawFn) -> Workflow:
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
+    workflow = draw(workflows())
+    step_ids = [step.id for step in workflow.steps]
     created = ExecutionCreated(
         at_ms=T0,
         workspace=CREATED.workspace,
@@ -116,8 +118,9 @@ def worlds(draw: st.DrawFn) -> World:
         input={"name": "Ada"},
         timeout_ms=draw(st.none() | st.integers(1, 5_000)),
         retry=draw(policies),
+        kept=draw(st.dictionaries(st.sampled_from(step_ids), st.integers(0, 9), max_size=2)),
     )
-    return World(draw(workflows()), created)
+    return World(workflow, created)
 
 
 def advance(world: World, draw: Callable[..., object]) -> None:

@@ -14,13 +14,14 @@ from serve_app.core.decisions import (
     due_events,
     is_ending,
     is_overdue,
+    kept_for_retry,
     next_wake_ms,
     progress_percent,
     record,
     scope_of,
     take_over,
 )
-from serve_app.core.errors import AlreadyTerminalError
+from serve_app.core.errors import AlreadyTerminalError, InvalidRequestError
 from serve_app.core.execution import (
     CancelRequested,
     ChunkEmitted,
@@ -404,6 +405,35 @@ def test_a_failed_step_ends_the_execution_and_cancels_what_still_runs() -> None:
         ExecutionFailed(T0 + 9, "step b: broke", "STEP_FAILED"),
     ]
     assert "c" not in ended.steps
+
+
+@pytest.mark.parametrize(
+    ("from_step", "kept"), [(None, {}), ("a", {"d": 4}), ("b", {"a": 1, "d": 4}), ("d", {"a": 1})]
+)
+def test_a_retry_keeps_what_does_not_follow_from_its_step(
+    from_step: str | None, kept: dict[str, int]
+) -> None:
+    chain = a_chain(a_step("a"), a_step("b"), a_step("c"))
+    workflow = a_workflow(*chain, a_step("d"), a_step("e", when="false"))
+    execution, _ = settled(an_execution(), workflow, T0)
+    for step_id, output in (("a", 1), ("d", 4)):
+        execution = evolve(execution, StepCompleted(T0, step_id, output))
+    execution, _ = settled(execution, workflow, T0)
+    execution = folded(execution, (StepFailed(T0, "b", "e", "STEP_FAILED"),))
+    assert kept_for_retry(execution, workflow, from_step) == kept
+
+
+def test_a_retry_from_a_step_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="no step 'x'"):
+        kept_for_retry(an_execution(), ONE, "x")
+
+
+def test_kept_steps_do_not_run_again() -> None:
+    workflow = a_workflow(*a_chain(a_step("a"), a_step("b")), output="{{ steps.a.output }}")
+    execution, events = settled(an_execution(kept={"a": 1}), workflow, T0)
+    assert events == [ExecutionStarted(T0), StepStarted(T0, "b", 1)]
+    ended, _ = settled(evolve(execution, StepCompleted(T0, "b", 2)), workflow, T0)
+    assert (ended.status, ended.data) == (Status.COMPLETED, 1)
 
 
 def test_the_next_wake_is_the_earliest_retry_or_the_deadline() -> None:

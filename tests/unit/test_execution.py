@@ -114,6 +114,11 @@ def test_a_new_execution_is_pending_at_its_first_event() -> None:
     assert execution.usage == Usage()
 
 
+def test_a_retry_begins_with_the_steps_it_keeps() -> None:
+    execution = new_execution(EXECUTION_ID, replace(CREATED, kept={"ran": OUTPUT}))
+    assert execution.steps == {"ran": StepState(StepStatus.COMPLETED, 0, 0, T0, T0, OUTPUT)}
+
+
 def test_the_deadline_counts_from_acceptance() -> None:
     assert CREATED.deadline_ms is None
     assert replace(CREATED, timeout_ms=500).deadline_ms == T0 + 500

@@ -1,0 +1,121 @@
+"""Three no-op steps as one workflow: how many a second, how fast, and for how much CPU.
+
+Run it as `python -m loadtests.workflows` from the root of the repository; it takes about 100 s.
+`c=1` and `c=64` wait for the result (`POST /v1/execute`); start/s and done/s submit a batch by
+`POST /v1/execute/async` from 64 callers and count until the last is done. Restate's line is a fixed
+reference and was not run here. The three steps are pure (`echo`), so they share one commit: this
+measures accepting, handing over, deciding, recording and answering, not three separate writes.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import redis
+import uvloop
+
+from loadtests.http_client import Timings, closed_loop
+from loadtests.service import (
+    CallCpu,
+    CpuMeter,
+    Target,
+    execute_body,
+    machine,
+    middle_parts,
+    spread,
+    tiny_service,
+)
+from serve_app.adapters.redis_store import partition_key
+from serve_app.settings import Settings
+
+ROUNDS = 3
+SECONDS = 4.0
+CALLERS = 64
+BATCH = 3_000
+BATCH_WITHIN_S = 60.0
+DEFINITION = """\
+id: three-no-ops
+steps:
+  - {id: one, echo: {}}
+  - {id: two, echo: {}}
+  - {id: three, echo: {}}
+"""
+BODY = execute_body("three-no-ops", {"message": "hello world"})
+RESTATE = "| Restate 1.7, published here earlier, same kind of machine | 8.76 / 13.22 | 517.9 | - / 215.94 | 3.28 | 2225.4 | 598.8 |"
+
+
+@dataclass(slots=True)
+class Results:
+    """What all rounds gave."""
+
+    alone: list[Timings] = field(default_factory=list)
+    loaded: list[Timings] = field(default_factory=list)
+    alone_cpu: list[CallCpu] = field(default_factory=list)
+    loaded_cpu: list[CallCpu] = field(default_factory=list)
+    starts_per_s: list[float] = field(default_factory=list)
+    done_per_s: list[float] = field(default_factory=list)
+
+
+class DoneCount:
+    """How many executions have ended well: read past the API, which would be load itself."""
+
+    def __init__(self, target: Target) -> None:
+        assert target.data_dir is not None, "a service of our own has a known directory"
+        endpoint = json.loads((target.data_dir / "valkey" / "endpoint.json").read_bytes())
+        self._client = redis.Redis.from_url(endpoint["url"])
+        workspace = Settings.model_fields["workspace_id"].default
+        self._keys = [
+            f"{partition_key(partition)}:ix:{workspace}:st:completed"
+            for partition in range(Settings.model_fields["partitions"].default)
+        ]
+
+    def read(self) -> int:
+        """The count now."""
+        with self._client.pipeline(transaction=False) as pipeline:
+            for key in self._keys:
+                pipeline.zcard(key)
+            return sum(pipeline.execute())
+
+    def wait(self, count: int) -> None:
+        """Return when there are so many."""
+        give_up_s = time.perf_counter() + BATCH_WITHIN_S
+        while self.read() < count:
+            assert time.perf_counter() < give_up_s, f"{self.read()} of {count} are done"
+            time.sleep(0.01)
+
+
+async def execute_for(target: Target, callers: int, seconds: float) -> Timings:
+    """Callers that wait for each result."""
+    connections = [target.connection() for _ in range(callers)]
+
+    async def call(caller: int) -> bool:
+        status, body = await connections[caller].request("POST", "/v1/execute", BODY)
+        return status == 200 and b'"status":"completed"' in body
+
+    try:
+        return await closed_loop(callers, seconds, call)
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+async def start_batch(target: Target) -> Timings:
+    """Submit the batch; its last caller may overshoot by the callers that were under way."""
+    connections = [target.connection() for _ in range(CALLERS)]
+    left = iter(range(BATCH))
+    started = time.perf_counter()
+
+    async def call(caller: int) -> bool:
+        if next(left, None) is None:
+            return False
+        status, _ = await connections[caller].request("POST", "/v1/execute/async", BODY)
+        return status == 202
+
+    ...
+
+
+def main() -> None:
+    """Measure and print."""

@@ -1,0 +1,149 @@
+"""`/v1/keys` and `/v1/workspaces`: who may call, and on whose behalf.
+
+Owns making, showing and revoking keys. Invariant: a key is in one answer, the one that made it,
+and nowhere else: not in the store, not in a log.
+"""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from inferpipe.wire import (
+    KeyList,
+    KeyRequest,
+    KeyView,
+    WorkspaceList,
+    WorkspaceRequest,
+    WorkspaceView,
+)
+from serve_app.core.auth import SHOWN_CHARACTERS, KeyRecord, Principal, Scope, new_key
+from serve_app.core.errors import (
+    ForbiddenError,
+    InvalidRequestError,
+    UnknownKeyError,
+    WorkspaceExistsError,
+)
+from serve_app.ingress.answers import ERRORS, json_response
+from serve_app.ingress.app import Services
+from serve_app.ingress.bodies import parse_json, read_body, validate
+from serve_app.ingress.views import timestamp
+
+router = APIRouter(prefix="/v1", tags=["keys"])
+
+BODY_BYTES_MAX = 16 * 1024
+
+
+@router.post(
+    "/keys", status_code=201, response_model=KeyView, responses=ERRORS, summary="Make a key"
+)
+async def create_key(request: Request) -> Response:
+    """In the caller's own workspace; the key is shown here and never again."""
+    services = _services(request)
+    principal = await services.authenticator.principal(request, Scope.ADMIN)
+    wish = validate(KeyRequest, await _body(request, services))
+    expires_at_ms = None
+    if wish.expires_at is not None:
+        expires_at_ms = int(wish.expires_at.timestamp() * 1000)
+        if expires_at_ms <= services.clock.now_ms():
+            raise InvalidRequestError("expiresAt is in the past")
+    scopes = tuple(Scope(scope) for scope in dict.fromkeys(wish.scopes))
+    key, record = _new_record(services, principal.workspace, wish.name, scopes, expires_at_ms)
+    await services.keys.put(key, record)
+    return json_response({**_key_view(record), "key": key}, 201)
+
+
+@router.get("/keys", response_model=KeyList, responses=ERRORS, summary="The workspace's keys")
+async def list_keys(request: Request) -> Response:
+    """Without the keys themselves."""
+    services = _services(request)
+    principal = await services.authenticator.principal(request, Scope.ADMIN)
+    records = await services.keys.records(principal.workspace)
+    return json_response({"items": [_key_view(record) for record in records], "nextCursor": None})
+
+
+@router.delete("/keys/{key_id}", status_code=204, responses=ERRORS, summary="Revoke a key")
+async def revoke_key(request: Request, key_id: str) -> Response:
+    """Effective everywhere within a second."""
+    services = _services(request)
+    principal = await services.authenticator.principal(request, Scope.ADMIN)
+    if not await services.keys.revoke(principal.workspace, key_id):
+        raise UnknownKeyError(f"no key {key_id!r} in this workspace")
+    return Response(status_code=204)
+
+
+@router.post(
+    "/workspaces",
+    status_code=201,
+    response_model=WorkspaceView,
+    responses=ERRORS,
+    summary="Make a workspace and its first admin key",
+)
+async def create_workspace(request: Request) -> Response:
+    """For an admin of the first workspace; the key is shown here and never again."""
+    services = _services(request)
+    _check_operator(services, await services.authenticator.principal(request, Scope.ADMIN))
+    wish = validate(WorkspaceRequest, await _body(request, services))
+    if not await services.keys.add_workspace(wish.id, wish.name or wish.id):
+        raise WorkspaceExistsError(f"there is a workspace {wish.id!r} already")
+    key, record = _new_record(services, wish.id, "first key", (Scope.ADMIN,), None)
+    await services.keys.put(key, record)
+    return json_response({"id": wish.id, "name": wish.name or wish.id, "apiKey": key}, 201)
+
+
+@router.get("/workspaces", response_model=WorkspaceList, responses=ERRORS, summary="All workspaces")
+async def list_workspaces(request: Request) -> Response:
+    """For an admin of the first workspace."""
+    services = _services(request)
+    _check_operator(services, await services.authenticator.principal(request, Scope.ADMIN))
+    found = await services.keys.workspaces()
+    items = [
+        {"id": workspace, "name": name, "createdAt": timestamp(at_ms)}
+        for workspace, (name, at_ms) in found.items()
+    ]
+    return json_response({"items": items, "nextCursor": None})
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+async def _body(request: Request, services: Services) -> object:
+    return parse_json(await read_body(request, BODY_BYTES_MAX), services.settings.json_depth_max)
+
+
+def _check_operator(services: Services, principal: Principal) -> None:
+    if principal.workspace != services.settings.workspace_id:
+        raise ForbiddenError("workspaces are made with an admin key of the first workspace")
+
+
+def _new_record(
+    services: Services,
+    workspace: str,
+    name: str,
+    scopes: tuple[Scope, ...],
+    expires_at_ms: int | None,
+) -> tuple[str, KeyRecord]:
+    key = new_key(services.entropy.token())
+    record = KeyRecord(
+        id=f"key_{services.entropy.token()}",
+        workspace=workspace,
+        name=name,
+        scopes=scopes,
+        prefix=key[:SHOWN_CHARACTERS],
+        created_at_ms=services.clock.now_ms(),
+        expires_at_ms=expires_at_ms,
+    )
+    return key, record
+
+
+def _key_view(record: KeyRecord) -> dict[str, object]:
+    expires_at_ms = record.expires_at_ms
+    return {
+        "id": record.id,
+        "name": record.name,
+        "prefix": record.prefix,
+        "scopes": list(record.scopes),
+        "createdAt": timestamp(record.created_at_ms),
+        "expiresAt": None if expires_at_ms is None else timestamp(expires_at_ms),
+    }
