@@ -51,18 +51,18 @@ class Ingress:
         self._deployed = deployed  # held so that Serve deploys them with the application
         self._stores = connect(settings, clock)
         ingress_id = entropy.token()
+        schemas = JsonSchemas()
         channels = ingress_channels(ingress_id, settings.partitions)
         bells = RedisBells(self._stores.client, channels, clock)
         feeds = Feeds(ingress_id, self._stores.store, bells, clock, render_sse)
         self._link = TcpTokenLink(
             settings.cluster_secret.get_secret_value().encode(), clock, entropy
         )
-        types = step_types(Inference(ServeAdmission(router), self._link), entropy)
+        types = step_types(Inference(ServeAdmission(router), self._link), schemas, entropy)
         catalog = catalog_of(self._stores.calls, types, clock)
         keys = RedisKeys(self._stores.calls, clock)
         registry = RedisReplicas(self._stores.client, self._stores.calls, clock)
         health = Health(self._stores.store, registry, clock, has_models=settings.model_replicas > 0)
-        schemas = JsonSchemas()
         self._services = Services(
             executions=Executions(
                 self._stores.store,

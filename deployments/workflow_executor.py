@@ -11,6 +11,7 @@ from deployments.addresses import own_address
 from deployments.background import Background
 from deployments.definitions import catalog_of
 from serve_app.adapters.cel_expressions import CelExpressions
+from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
 from serve_app.adapters.redis_connect import connect
 from serve_app.adapters.serve_admission import Handle, ServeAdmission
@@ -47,7 +48,7 @@ class WorkflowExecutor:
         self._link = TcpTokenLink(
             settings.cluster_secret.get_secret_value().encode(), self._clock, entropy
         )
-        types = step_types(Inference(ServeAdmission(router), self._link), entropy)
+        types = step_types(Inference(ServeAdmission(router), self._link), JsonSchemas(), entropy)
         runtime = Runtime(self._stores.store, types, CelExpressions(), self._clock, entropy)
         self._peers = TcpPeers(host, self._clock)
         port = await self._peers.listen()

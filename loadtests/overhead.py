@@ -7,7 +7,6 @@ the store included, less what they spend with nothing to do.
 """
 
 import argparse
-import asyncio
 import statistics
 from dataclasses import dataclass, field
 
@@ -110,7 +109,9 @@ def print_table(arms: dict[tuple[int, str], Arm]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add_target_arguments(parser)
     with given_or_tiny(parser.parse_args()) as target:
         meter = CpuMeter(target)

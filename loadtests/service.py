@@ -134,9 +134,7 @@ def tiny_service(**settings: str) -> Iterator[Target]:
     """`inferpipe up` with the tiny model in a directory of its own, gone at the end."""
     with tempfile.TemporaryDirectory(prefix="ip-load-") as base:
         model = make_tiny_model(Path(base) / "tiny")
-        service = start_service(
-            Path(base) / "data", model, INFERPIPE_MODEL_NAME="tiny", **settings
-        )
+        service = start_service(Path(base) / "data", model, INFERPIPE_MODEL_NAME="tiny", **settings)
         try:
             service.wait_healthy()
             yield target_of(service)
@@ -167,9 +165,10 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pid", type=int, help="its `inferpipe up` process, for CPU figures")
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """Median and range, as the tables show them."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def machine() -> str:

@@ -7,8 +7,8 @@ reference and was not run here. The three steps are pure (`echo`), so they share
 measures accepting, handing over, deciding, recording and answering, not three separate writes.
 """
 
+import asyncio
 import json
-import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from pathlib import Path
 import redis
 import uvloop
 
-from loadtests.http_client import Timings, closed_loop
+from loadtests.http_client import Connection, Timings, closed_loop
 from loadtests.service import (
     CallCpu,
     CpuMeter,
@@ -34,7 +34,7 @@ from serve_app.settings import Settings
 ROUNDS = 3
 SECONDS = 4.0
 CALLERS = 64
-BATCH = 3_000
+BATCH = 46 * CALLERS
 BATCH_WITHIN_S = 60.0
 DEFINITION = """\
 id: three-no-ops
@@ -44,7 +44,10 @@ steps:
   - {id: three, echo: {}}
 """
 BODY = execute_body("three-no-ops", {"message": "hello world"})
-RESTATE = "| Restate 1.7, published here earlier, same kind of machine | 8.76 / 13.22 | 517.9 | - / 215.94 | 3.28 | 2225.4 | 598.8 |"
+RESTATE = (
+    "| Restate 1.7: published here earlier, same kind of machine "
+    "| 8.76 / 13.22 | 517.9 | - / 215.94 | 3.28 | 2225.4 | 598.8 |"
+)
 
 
 @dataclass(slots=True)
@@ -102,20 +105,78 @@ async def execute_for(target: Target, callers: int, seconds: float) -> Timings:
             connection.close()
 
 
-async def start_batch(target: Target) -> Timings:
-    """Submit the batch; its last caller may overshoot by the callers that were under way."""
+async def start_batch(target: Target) -> None:
+    """Submit the batch."""
     connections = [target.connection() for _ in range(CALLERS)]
-    left = iter(range(BATCH))
-    started = time.perf_counter()
 
-    async def call(caller: int) -> bool:
-        if next(left, None) is None:
-            return False
-        status, _ = await connections[caller].request("POST", "/v1/execute/async", BODY)
-        return status == 202
+    async def caller(connection: Connection) -> None:
+        for _ in range(BATCH // CALLERS):
+            status, body = await connection.request("POST", "/v1/execute/async", BODY)
+            assert status == 202, body
 
-    ...
+    try:
+        await asyncio.gather(*(caller(connection) for connection in connections))
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def measure(target: Target, meter: CpuMeter) -> Results:
+    """All rounds, the arms taking turns."""
+    results, done = Results(), DoneCount(target)
+    uvloop.run(execute_for(target, CALLERS, 1.0))  # warm: connections, code paths, caches
+    for _ in range(ROUNDS):
+        meter.start()
+        results.alone.append(uvloop.run(execute_for(target, 1, SECONDS)))
+        results.alone_cpu.append(meter.per_call_ms(results.alone[-1].count))
+        meter.start()
+        results.loaded.append(uvloop.run(execute_for(target, CALLERS, SECONDS)))
+        results.loaded_cpu.append(meter.per_call_ms(results.loaded[-1].count))
+        before, started_s = done.read(), time.perf_counter()
+        uvloop.run(start_batch(target))
+        results.starts_per_s.append(BATCH / (time.perf_counter() - started_s))
+        done.wait(before + BATCH)
+        results.done_per_s.append(BATCH / (time.perf_counter() - started_s))
+    return results
+
+
+def print_table(results: Results) -> None:
+    """Our line beside the reference."""
+    alone, loaded = results.alone, results.loaded
+    cells = [
+        f"{spread([one.p50_ms for one in alone])} / {spread([one.p99_ms for one in alone])}",
+        spread([one.per_second for one in loaded], digits=0),
+        f"{spread([one.p50_ms for one in loaded])} / {spread([one.p99_ms for one in loaded])}",
+        spread([one.gross_ms for one in results.loaded_cpu]),
+        spread(results.starts_per_s, digits=0),
+        spread(results.done_per_s, digits=0),
+    ]
+    print(
+        f"median of {ROUNDS} rounds (range); CPU of the whole service, what it takes idle included\n"
+    )
+    print(
+        "| service | c=1 p50 / p99 ms | c=64 per s | c=64 p50 / p99 ms | CPU ms | start/s | done/s |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(f"| inferpipe, this run | {' | '.join(cells)} |")
+    print(RESTATE)
+    print(f"\nerrors: {sum(one.error_count for one in (*alone, *loaded))}")
+    for name, calls in (("c=1", results.alone_cpu), ("c=64", results.loaded_cpu)):
+        net = spread([call.net_ms for call in calls])
+        print(
+            f"CPU ms of one workflow at {name}, idle share left out: {net}: {middle_parts(calls)}"
+        )
 
 
 def main() -> None:
     """Measure and print."""
+    with tempfile.TemporaryDirectory(prefix="ip-load-") as folder:
+        (Path(folder) / "three-no-ops.yaml").write_text(DEFINITION, encoding="utf-8")
+        with tiny_service(INFERPIPE_WORKFLOWS_DIR=folder) as target:
+            meter = CpuMeter(target)
+            print(f"{machine()}\n{meter.idle}")
+            print_table(measure(target, meter))
+
+
+if __name__ == "__main__":
+    main()

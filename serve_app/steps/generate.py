@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve_app.core.errors import Problem, StepFailedError
 from serve_app.core.inference import FinishReason, GenerationRequest, JsonValue, Message
 from serve_app.core.template import expressions_in
-from serve_app.ports import Entropy, StepCall, StepType
+from serve_app.ports import Entropy, Schemas, StepCall, StepType
 from serve_app.services.inference import Inference
 
 MAX_TOKENS_DEFAULT = 512  # of a step that names none: an answer, not a whole context
@@ -51,14 +51,19 @@ class _Settings(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-def generate_step(inference: Inference, entropy: Entropy) -> StepType:
+def generate_step(inference: Inference, schemas: Schemas, entropy: Entropy) -> StepType:
     """The step type, bound to the model plane."""
-    return StepType(check=_check, run=_runner(inference, entropy))
+    return StepType(check=_check, run=_runner(inference, schemas, entropy))
 
 
-def _runner(inference: Inference, entropy: Entropy) -> Callable[[StepCall], Awaitable[JsonValue]]:
+def _runner(
+    inference: Inference, schemas: Schemas, entropy: Entropy
+) -> Callable[[StepCall], Awaitable[JsonValue]]:
     async def run(call: StepCall) -> JsonValue:
         settings = _parse(call.settings)
+        refusal = None if settings.output_schema is None else schemas.check(settings.output_schema)
+        if refusal is not None:
+            raise StepFailedError(f"output_schema: {refusal}", False)  # noqa: FBT003
         # Unique per run: the run of a lost worker may still be in the engine under the same key.
         request = _request(call, settings, f"{call.idempotency_key}/{entropy.token()}")
         text: list[str] = []
@@ -70,7 +75,7 @@ def _runner(inference: Inference, entropy: Entropy) -> Callable[[StepCall], Awai
                 if chunk.usage is not None:
                     call.report_usage(chunk.usage)
                 call.emit(chunk.text, chunk.token_ids)
-        return _answer("".join(text), finish_reason, settings)
+        return _answer("".join(text), finish_reason, settings, schemas)
 
     return run
 
@@ -91,7 +96,9 @@ def _request(call: StepCall, settings: _Settings, request_id: str) -> Generation
     )
 
 
-def _answer(text: str, finish_reason: FinishReason | None, settings: _Settings) -> JsonValue:
+def _answer(
+    text: str, finish_reason: FinishReason | None, settings: _Settings, schemas: Schemas
+) -> JsonValue:
     if settings.output_schema is None:
         return text
     if finish_reason is FinishReason.LENGTH:
@@ -103,6 +110,13 @@ def _answer(text: str, finish_reason: FinishReason | None, settings: _Settings) 
         parsed: JsonValue = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise StepFailedError(f"the answer is no JSON: {error}") from error
+    # A grammar does not enforce every keyword of JSON Schema; what is recorded satisfies all.
+    problems = schemas.problems(settings.output_schema, parsed)
+    if problems:
+        place = ".".join(str(part) for part in problems[0].loc)
+        raise StepFailedError(
+            f"the answer breaks output_schema at {place or 'its root'}: {problems[0].msg}"
+        )
     return parsed
 
 
