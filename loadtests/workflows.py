@@ -44,6 +44,15 @@ steps:
   - {id: three, echo: {}}
 """
 BODY = execute_body("three-no-ops", {"message": "hello world"})
+COLUMNS = (
+    "service",
+    "c=1 p50 / p99 ms",
+    "c=64 per s",
+    "c=64 p50 / p99 ms",
+    "CPU ms",
+    "start/s",
+    "done/s",
+)
 RESTATE = (
     "| Restate 1.7: published here earlier, same kind of machine "
     "| 8.76 / 13.22 | 517.9 | - / 215.94 | 3.28 | 2225.4 | 598.8 |"
@@ -151,13 +160,8 @@ def print_table(results: Results) -> None:
         spread(results.starts_per_s, digits=0),
         spread(results.done_per_s, digits=0),
     ]
-    print(
-        f"median of {ROUNDS} rounds (range); CPU of the whole service, what it takes idle included\n"
-    )
-    print(
-        "| service | c=1 p50 / p99 ms | c=64 per s | c=64 p50 / p99 ms | CPU ms | start/s | done/s |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(f"median of {ROUNDS} rounds (range); CPU: whole service, idle share included\n")
+    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     print(f"| inferpipe, this run | {' | '.join(cells)} |")
     print(RESTATE)
     print(f"\nerrors: {sum(one.error_count for one in (*alone, *loaded))}")

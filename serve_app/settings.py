@@ -21,7 +21,12 @@ KEY_LENGTH_MAX = 128
 class Settings(BaseSettings):
     """What an operator can set; the defaults make a laptop's quick start."""
 
-    model_config = SettingsConfigDict(env_prefix="INFERPIPE_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="INFERPIPE_",
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,  # a key that is refused must not stand in a log
+    )
 
     host: str = Field("127.0.0.1", description="Address the HTTP port binds to.")
     port: int = Field(8000, ge=1, le=65535, description="The one HTTP port.")

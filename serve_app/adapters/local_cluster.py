@@ -119,6 +119,8 @@ class LocalCluster:
         fallback_http, fallback_grpc, metrics, stats = _free_ports(4)
         first = _free_port_range(_INGRESS_PORTS)
         return {
+            # vLLM leaves sockets and a rendezvous file behind wherever temporary files go.
+            "TMPDIR": str(files),
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_LOG_TO_STDERR": "0",

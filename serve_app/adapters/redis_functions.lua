@@ -159,7 +159,9 @@ local function commit(keys, args)
   end
   tell(p, h[6], verb == 'append' and worker, eid, seq + 1, events, size)
   if verb == 'append' and owner == '' then
+    -- It may wait on a timer or on the queue; a worker that has it must be its only place.
     redis.call('ZREM', p .. ':timers', eid)
+    redis.call('ZREM', p .. ':ready', eid)
     assign(p, eid, h[7])
   end
   return {'new', redis.call('ZCARD', p .. ':ready')}

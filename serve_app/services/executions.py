@@ -47,10 +47,11 @@ class Submission:
 
     Args:
         timeout_ms, retry: override the definition's.
-        idempotency_scope: what the key is unique within, such as the route; with `request_hash`
-            and the key itself it makes a repeat the same execution.
+        execution_id: from `Executions.new_id`, so that the caller knows it before it is accepted.
+        request_hash: of the body, where there is a key: tells a repeat from a conflict.
     """
 
+    execution_id: str
     workspace: str
     workflow_id: str
     input: JsonValue
@@ -60,7 +61,6 @@ class Submission:
     user_id: str | None = None
     priority: int = 0
     idempotency_key: str | None = None
-    idempotency_scope: str = ""
     request_hash: str | None = None
 
 
@@ -102,6 +102,16 @@ class Executions:
         self._entropy = entropy
         self._timeout_default_ms = timeout_default_ms
 
+    def new_id(self, workspace: str, scope: str, idempotency_key: str | None) -> str:
+        """An id for a new execution; the same for the same key in the same scope.
+
+        `scope` is what the key is unique within, beside the workspace: the route.
+        """
+        count = self._store.partition_count
+        if idempotency_key is None:
+            return execution_id(int(self._entropy.uniform() * count), self._entropy.token())
+        return derived_execution_id(count, workspace, scope, idempotency_key)
+
     async def start(self, submission: Submission) -> Started:
         """Accept an execution; durable when this returns.
 
@@ -111,8 +121,7 @@ class Executions:
             IdempotencyConflictError: the key came before with another body.
             OverloadedError: the queue is full.
         """
-        new = await self._prepare(submission)
-        return await self._create(new, submission)
+        return await self._create(await self._prepare(submission))
 
     @asynccontextmanager
     async def start_and_follow(self, submission: Submission) -> AsyncIterator[tuple[Started, Feed]]:
@@ -120,7 +129,7 @@ class Executions:
         new = await self._prepare(submission)
         first = StoredEvent(1, _CREATE_COMMIT, new.created)
         async with self._feeds.begin(new, first) as feed:
-            started = await self._create(new, submission)
+            started = await self._create(new)
             if started.is_new:
                 feed.settle(new.created)
                 yield started, feed
@@ -187,22 +196,15 @@ class Executions:
             raise NotTerminalError(f"execution {original.id} is {original.status}; cancel it first")
         old = original.created
         workflow = await self._catalog.version(workspace, old.workflow_id, old.workflow_version)
-        submission = Submission(
-            workspace,
-            old.workflow_id,
-            old.input,
-            idempotency_key=wish.idempotency_key,
-            idempotency_scope=f"retry/{an_execution_id}",
-            request_hash=None if wish.idempotency_key is None else (wish.from_step or ""),
-        )
         created = replace(
             old,
             at_ms=self._clock.now_ms(),
             retry_of=original.id,
-            request_hash=submission.request_hash,
+            request_hash=None if wish.idempotency_key is None else (wish.from_step or ""),
             kept=kept_for_retry(original, workflow, wish.from_step),
         )
-        return await self._create(new_execution(self._new_id(submission), created), submission)
+        new_id = self.new_id(workspace, f"retry/{an_execution_id}", wish.idempotency_key)
+        return await self._create(new_execution(new_id, created))
 
     async def _prepare(self, submission: Submission) -> Execution:
         version, workflow = await self._catalog.latest(submission.workspace, submission.workflow_id)
@@ -227,20 +229,13 @@ class Executions:
             priority=submission.priority,
             request_hash=submission.request_hash,
         )
-        return new_execution(self._new_id(submission), created)
+        return new_execution(submission.execution_id, created)
 
-    def _new_id(self, submission: Submission) -> str:
-        count = self._store.partition_count
-        if submission.idempotency_key is None:
-            return execution_id(int(self._entropy.uniform() * count), self._entropy.token())
-        scope = (submission.workspace, submission.idempotency_scope, submission.idempotency_key)
-        return derived_execution_id(count, *scope)
-
-    async def _create(self, new: Execution, submission: Submission) -> Started:
+    async def _create(self, new: Execution) -> Started:
         accepted = await self._store.create(
             new.id, new.created, _CREATE_COMMIT, self._feeds.watcher_id
         )
-        is_same_body = accepted.execution.created.request_hash == submission.request_hash
+        is_same_body = accepted.execution.created.request_hash == new.created.request_hash
         if not accepted.is_new and not is_same_body:
             raise IdempotencyConflictError(
                 "this Idempotency-Key was used with another body; use a new key"

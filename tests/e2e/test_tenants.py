@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.conftest import API_KEY, Service
 
-ECHO = {"workflowId": "test-echo", "input": {"secret": "of the first"}}
+ECHO = {"workflowId": "test-echo", "input": {"secret": "known-to-one-tenant"}}
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_another_workspace_sees_nothing(http: httpx.Client) -> None:
     for method, path in routes:
         answer = http.request(method, path, headers=other)
         assert answer.status_code in (403, 404), (method, path, answer.text)
-        assert "of the first" not in answer.text
+        assert "known-to-one-tenant" not in answer.text
     assert http.get("/v1/executions", headers=other).json()["items"] == []
     assert [i["name"] for i in http.get("/v1/keys", headers=other).json()["items"]] == ["first key"]
     mine = http.post("/v1/execute", json=ECHO, headers=other).json()

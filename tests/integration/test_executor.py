@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from pydantic import SecretStr
@@ -19,6 +20,7 @@ from redis.asyncio import Redis
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
 from serve_app.adapters.redis_connect import RedisConnections, connect
 from serve_app.adapters.redis_store import RedisStore
+from serve_app.core import journal
 from serve_app.core.errors import (
     AlreadyTerminalError,
     IdempotencyConflictError,
@@ -220,7 +222,10 @@ def executions(surface: tuple[Executions, Feeds]) -> Executions:
 
 
 def wish(workflow_id: str = "three", **changes: Any) -> Submission:
-    return Submission(WORKSPACE, workflow_id, {"text": "é"}, **changes)
+    changes.setdefault(
+        "execution_id", journal.execution_id(random.randrange(PARTITIONS), uuid4().hex)
+    )
+    return Submission(workspace=WORKSPACE, workflow_id=workflow_id, input={"text": "é"}, **changes)
 
 
 async def start_many(executions: Executions, count: int, **changes: Any) -> list[str]:
@@ -574,7 +579,11 @@ async def test_chunks_are_in_order_and_whole_under_concurrency(
 
 async def test_a_key_gives_one_execution(bench: Bench, executions: Executions) -> None:
     await bench.start_worker("w1")
-    same = wish(idempotency_key="k", idempotency_scope="/v1/execute", request_hash="h")
+    same = wish(
+        execution_id=executions.new_id(WORKSPACE, "/v1/execute", "k"),
+        idempotency_key="k",
+        request_hash="h",
+    )
     started = await asyncio.gather(*(executions.start(same) for _ in range(10)))
     [execution_id] = {one.execution.id for one in started}
     assert [one.is_new for one in started].count(True) == 1
@@ -583,7 +592,13 @@ async def test_a_key_gives_one_execution(bench: Bench, executions: Executions) -
     assert (late.is_new, late.execution.status) == (False, Status.COMPLETED)
     with pytest.raises(IdempotencyConflictError):
         await executions.start(replace(same, request_hash="other"))
-    elsewhere = await executions.start(replace(same, workspace="other"))
+    elsewhere = await executions.start(
+        replace(
+            same,
+            workspace="other",
+            execution_id=executions.new_id("other", "/v1/execute", "k"),
+        )
+    )
     assert elsewhere.execution.id != execution_id
     with pytest.raises(UnknownExecutionError):
         await executions.load("other", execution_id)

@@ -30,6 +30,7 @@ from serve_app.core.errors import (
     InvalidCursorError,
     InvalidRequestError,
     Problem,
+    UnknownExecutionError,
     UnknownWorkflowError,
 )
 from serve_app.core.execution import Execution, Status
@@ -80,16 +81,16 @@ async def execute(request: Request) -> Response:
     """Answer with the result, in whatever terminal state."""
     services = _services(request)
     submission = await _submission(request, services)
-    async with services.executions.start_and_follow(submission) as (started, feed):
-        ended = None
-        try:
+    try:
+        async with services.executions.start_and_follow(submission) as (started, feed):
             ended = await _unless_gone(request, feed.ended())
-        finally:
-            # Serve cancels the handler of a caller that went away; uvicorn alone only says so.
-            if ended is None and submission.idempotency_key is None:
-                await _cancel_quietly(services, submission.workspace, started.execution.id)
-        if ended is None:
-            return Response(status_code=499)  # nobody reads it; the access log does
+    except asyncio.CancelledError:
+        # Serve cancels the handler of a caller that went away, while it is being accepted too.
+        await _abandon(services, submission)
+        raise
+    if ended is None:  # uvicorn alone only says so
+        await _abandon(services, submission)
+        return Response(status_code=499)  # nobody reads it; the access log does
     return json_response(result_view(ended), headers=_started_headers(started))
 
 
@@ -239,8 +240,10 @@ async def _submission(request: Request, services: Services) -> Submission:
         )
     key = _idempotency_key(request)
     retry = wish.retry_config
+    scope = request.url.path
     return Submission(
         workspace=principal.workspace,
+        execution_id=services.executions.new_id(principal.workspace, scope, key),
         workflow_id=wish.workflow_id,
         input=wish.input,
         timeout_ms=wish.timeout,
@@ -249,7 +252,6 @@ async def _submission(request: Request, services: Services) -> Submission:
         user_id=wish.user_id,
         priority=wish.priority or 0,
         idempotency_key=key,
-        idempotency_scope=request.url.path,
         request_hash=None if key is None else _hash(value),
     )
 
@@ -345,11 +347,15 @@ async def _gone(request: Request) -> None:
         continue
 
 
-async def _cancel_quietly(services: Services, workspace: str, execution_id: str) -> None:
+async def _abandon(services: Services, submission: Submission) -> None:
+    """Cancel what nobody waits for; with an Idempotency-Key the caller may come back for it."""
+    if submission.idempotency_key is not None:
+        return
+    workspace, execution_id = submission.workspace, submission.execution_id
     try:
         await services.executions.cancel(workspace, execution_id, "the caller went away")
-    except AlreadyTerminalError:
-        return  # it ended in the same moment: there is nothing left to stop
+    except (AlreadyTerminalError, UnknownExecutionError):
+        return  # it ended in the same moment, or was never accepted: there is nothing to stop
 
 
 def _started_headers(started: Started) -> dict[str, str]:
