@@ -6,6 +6,7 @@ this one reads (`tests/replay`): members may be added with a default, never rena
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Any
 
 import orjson
@@ -32,6 +33,7 @@ _EXECUTION_MEMBERS = tuple(
     for member in fields(Execution)
     if member.name not in {"id", "seq", "status", "created", "steps"}
 )
+_members_of = attrgetter(*_EXECUTION_MEMBERS)
 
 
 def encode_event(event: Event) -> tuple[str, bytes]:
@@ -59,8 +61,9 @@ def decode_stored(seq: int, kind: str, data: bytes | str, commit_id: str) -> Sto
 def changed_fields(before: Execution, after: Execution) -> dict[str, bytes]:
     """The snapshot fields that differ; `seq` and `status` are the store's own."""
     changed: dict[str, bytes] = {}
-    if any(getattr(before, name) != getattr(after, name) for name in _EXECUTION_MEMBERS):
-        changed["x"] = orjson.dumps({name: getattr(after, name) for name in _EXECUTION_MEMBERS})
+    members = _members_of(after)
+    if members != _members_of(before):
+        changed["x"] = orjson.dumps(dict(zip(_EXECUTION_MEMBERS, members, strict=True)))
     for step_id, step in after.steps.items():
         if before.steps.get(step_id) is not step:
             changed[_STEP_FIELD + step_id] = orjson.dumps(step)

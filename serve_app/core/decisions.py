@@ -266,7 +266,7 @@ def _after_error(
         fact.step_id,
         step.attempt + 1,
         execution_attempt,
-        now_ms + delay_ms,
+        now_ms + max(1, delay_ms),  # never at once: each retry has its own commit
         fact.error,
         fact.usage,
     )

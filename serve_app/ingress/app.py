@@ -5,10 +5,11 @@ its services come in ready. Invariant: no stack trace leaves the process, and ev
 its request.
 """
 
+import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -46,6 +47,14 @@ class Services:
     settings: Settings
     version: str
     is_behind_serve: bool = True
+    loose_ends: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def detached(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        """Run what must finish although its request has ended."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.loose_ends.add(task)
+        task.add_done_callback(self.loose_ends.discard)
+        return task
 
 
 class _HttpError(ServeAppError):

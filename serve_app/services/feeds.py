@@ -29,6 +29,23 @@ SWEEP_S = 1.0  # a lost last bell costs so much, not for ever
 Render = Callable[[StoredEvent, Execution], bytes | None]
 
 
+class _Frame:
+    """An event's bytes, made when the first reader wants them: who awaits a result wants none."""
+
+    __slots__ = ("_made_of", "_shown", "seq")
+
+    def __init__(self, stored: StoredEvent, execution: Execution) -> None:
+        self.seq = stored.seq
+        self._made_of: tuple[StoredEvent, Execution] | None = (stored, execution)
+        self._shown: bytes | None = None
+
+    def shown(self, render: Render) -> bytes | None:
+        if self._made_of is not None:
+            self._shown = render(*self._made_of)
+            self._made_of = None
+        return self._shown
+
+
 class Feed:
     """One followed execution."""
 
@@ -36,12 +53,12 @@ class Feed:
         self.execution = execution
         self.readers = 0
         self._render = render
-        self._frames: deque[tuple[int, bytes | None]] = deque(maxlen=FRAMES_MAX)
+        self._frames: deque[_Frame] = deque(maxlen=FRAMES_MAX)
         self._waiters: set[asyncio.Future[None]] = set()
 
     def begin(self, first: StoredEvent) -> None:
         """Keep the frame of the event that made the execution."""
-        self._frames.append((first.seq, self._render(first, self.execution)))
+        self._frames.append(_Frame(first, self.execution))
 
     def settle(self, created: ExecutionCreated) -> None:
         """Say what was accepted: of two requests under one key, the other may have begun this."""
@@ -55,16 +72,16 @@ class Feed:
             if stored.seq != self.execution.seq + 1:
                 return False
             self.execution = evolve(self.execution, stored.event)
-            self._frames.append((stored.seq, self._render(stored, self.execution)))
+            self._frames.append(_Frame(stored, self.execution))
         self._wake()
         return True
 
     def frames_after(self, cursor: int) -> list[tuple[int, bytes | None]] | None:
         """What the ring holds after a cursor; None when the cursor is older than the ring."""
-        first = self._frames[0][0] if self._frames else self.execution.seq + 1
+        first = self._frames[0].seq if self._frames else self.execution.seq + 1
         if cursor < first - 1:
             return None
-        return [frame for frame in self._frames if frame[0] > cursor]
+        return [(f.seq, f.shown(self._render)) for f in self._frames if f.seq > cursor]
 
     def render(self, stored: StoredEvent) -> bytes | None:
         """Render an event that is not in the ring any more."""

@@ -434,7 +434,7 @@ async def test_a_parked_retry_has_no_owner_and_wakes_on_time(
     starts = [e.data["at_ms"] for e in journal if e.data.get("step_id") == "two"]
     late_ms = starts[2] - wake_at_ms  # started, retrying, started, …
     assert result.steps["two"].attempt == 2
-    assert 0 <= late_ms < 150
+    assert 0 <= late_ms < 2_000  # told by a timer; a missed one would wait for the deadline
     await bench.check(execution_id)
     show(f"a retry due after 1000 ms began {late_ms} ms late")
 
