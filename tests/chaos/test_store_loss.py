@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 
 import httpx
 import pytest
@@ -11,69 +12,76 @@ from tests.chaos.conftest import Cluster, Reading, ended, follow, kill, show, st
 from tests.support.checker import loss_and_repetition
 
 CLIENTS = 8
+LOAD_S = 7.0
+PAUSE_S = 2.0  # before each kill: time to load, and to heal from the one before
+KILLS = 2
 READERS = 3
-LOAD_S = 6.0
-KILL_AFTER_S = (1.5, 3.5)
+IN_THE_MIDDLE_S = 0.2  # of what they read
 pytestmark = pytest.mark.timeout(200)
 
 
-async def test_kill_of_the_store_under_load(cluster: Cluster, http: httpx.AsyncClient) -> None:
-    accepted: list[str] = []
-    refused: Counter[object] = Counter()
-    answers_s: list[float] = []
-    readings = [Reading(await start(http, "saga")) for _ in range(READERS)]
-    ends_s = time.monotonic() + LOAD_S
+@dataclass
+class Load:
+    """Clients that start executions, and what they were answered."""
 
-    async def client(number: int) -> None:
+    http: httpx.AsyncClient
+    accepted: list[str] = field(default_factory=list)
+    refused: Counter[object] = field(default_factory=Counter)
+    answers_s: list[float] = field(default_factory=list)
+
+    async def run(self, ends_s: float) -> None:
         while time.monotonic() < ends_s:
-            body = {"workflowId": "test-echo", "input": {"client": number, "n": len(accepted)}}
+            body = {"workflowId": "test-echo", "input": {"n": len(self.accepted)}}
             began_s = time.monotonic()
             try:
-                answer = await http.post("/v1/execute/async", json=body)
+                answer = await self.http.post("/v1/execute/async", json=body)
             except httpx.TransportError as error:
-                refused[type(error).__name__] += 1
+                self.refused[type(error).__name__] += 1
                 continue
-            answers_s.append(time.monotonic() - began_s)
+            self.answers_s.append(time.monotonic() - began_s)
             if answer.status_code == 202:
-                accepted.append(answer.json()["id"])
+                self.accepted.append(answer.json()["id"])
             else:
-                refused[answer.status_code] += 1
+                self.refused[answer.status_code] += 1
                 await asyncio.sleep(0.05)
 
-    async def killer() -> list[int]:
-        began_s, pids = time.monotonic(), []
-        for after_s in KILL_AFTER_S:
-            await asyncio.sleep(began_s + after_s - time.monotonic())
-            pids.append(cluster.endpoint()["pid"])
-            kill(pids[-1])
-        return pids
 
+async def test_kill_of_the_store_under_load(cluster: Cluster, http: httpx.AsyncClient) -> None:
+    load = Load(http)
+    readings: list[Reading] = []
+    pids = set()
     async with asyncio.TaskGroup() as group:
-        killing = group.create_task(killer())
-        for reading in readings:
-            group.create_task(follow(http, reading))
-        for number in range(CLIENTS):
-            group.create_task(client(number))
-    assert len(set(killing.result())) == len(KILL_AFTER_S)
-    assert len(set(accepted)) == len(accepted)
-    records = await ended(http, accepted)
-    statuses = Counter(record["status"] for record in records)
+        for _ in range(CLIENTS):
+            group.create_task(load.run(time.monotonic() + LOAD_S))
+        for _ in range(KILLS):
+            await asyncio.sleep(PAUSE_S)
+            # Short ones: a CPU engine that generates leaves the rest of a small machine little.
+            begun = [Reading(await start(http, "story")) for _ in range(READERS)]
+            for reading in begun:
+                group.create_task(follow(http, reading))
+            readings += begun
+            await asyncio.sleep(IN_THE_MIDDLE_S)
+            pids.add(cluster.endpoint()["pid"])
+            kill(cluster.endpoint()["pid"])
+    assert len(pids) == KILLS
+    assert len(set(load.accepted)) == len(load.accepted)
+    statuses = Counter(record["status"] for record in await ended(http, load.accepted))
     journals = cluster.check(*(reading.execution_id for reading in readings))
     counts = [loss_and_repetition(r.view, j) for r, j in zip(readings, journals, strict=True)]
     show(
-        f"kill -9 of the store, {len(KILL_AFTER_S)} times in {LOAD_S:.0f} s, {CLIENTS} clients",
+        f"kill -9 of the store, {KILLS} times in {LOAD_S:.0f} s, {CLIENTS} clients",
         {
-            "accepted": len(accepted),
-            "refused": dict(refused) or 0,
+            "accepted": len(load.accepted),
+            "refused": dict(load.refused) or 0,
             "ended as": dict(statuses),
-            "lost": len(accepted) - statuses.total(),
-            "longest answer": f"{max(answers_s):.2f} s",
-            f"events of {READERS} generating ones": sum(count.expected for count in counts),
+            "lost": len(load.accepted) - statuses.total(),
+            "longest answer": f"{max(load.answers_s):.2f} s",
+            f"events of {len(readings)} generating ones": sum(count.expected for count in counts),
             "of these lost": sum(count.lost for count in counts),
             "of these repeated": sum(count.repeated for count in counts),
         },
     )
-    assert statuses == {"completed": len(accepted)}
-    cluster.check(*accepted)
+    assert statuses == {"completed": len(load.accepted)}
+    cluster.check(*load.accepted)
     assert not any(count.lost or count.repeated for count in counts)
     assert {reading.view[-1].kind for reading in readings} == {"execution.completed"}
