@@ -1,6 +1,6 @@
 # Every command that people and CI use. `make` alone explains them.
 .DEFAULT_GOAL := help
-.PHONY: help install up check test unit chaos bench clean
+.PHONY: help install up check test unit chaos bench docs clean
 
 VENV ?= .venv
 export VENV
@@ -39,9 +39,12 @@ unit: ## the suites that need no process but pytest
 chaos: ## kill things while they work, and check the promises
 	@$(PYTEST) --durations=15 tests/chaos
 
-bench: ## measure: the link, the serving overhead, workflows
-	@for bench in loadtests/link.py loadtests/overhead.py loadtests/workflows.py; do \
-		echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+bench: ## measure: the link, overhead, workflows, tokens, footprint
+	@for bench in link overhead workflows tokens footprint; do \
+		echo "== loadtests/$$bench.py"; $(BIN)/python -m loadtests.$$bench || exit 1; done
+
+docs: ## write the generated pages: states and settings
+	@$(BIN)/python scripts/docs
 
 clean: ## remove caches and build leftovers, not the environment or any data
 	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
