@@ -4,6 +4,7 @@ It gets no requests; Redis and its peers tell it what to do.
 """
 
 import asyncio
+import logging
 
 from ray import serve
 
@@ -19,11 +20,14 @@ from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link import TcpTokenLink
 from serve_app.adapters.tcp_peers import TcpPeers
 from serve_app.adapters.telemetry import configure_logging
+from serve_app.core.errors import StoreUnavailableError
 from serve_app.services.executor import Executor, WorkerLimits
 from serve_app.services.inference import Inference
 from serve_app.services.runner import Runtime
 from serve_app.settings import Settings
 from serve_app.steps import step_types
+
+logger = logging.getLogger(__name__)
 
 STALL_S = 20.0  # no heartbeat for so long: the loop or the store hangs, and nobody else would see
 
@@ -84,8 +88,12 @@ class WorkflowExecutor:
                     group.create_task(self._watch(peer))
 
     async def _watch(self, peer: str) -> None:
-        if await self._peers.is_lost(peer):
+        if not await self._peers.is_lost(peer):
+            return
+        try:
             await self._executor.take_over(peer)
+        except StoreUnavailableError:
+            logger.exception("take-over failed; the lease will tell", extra={"worker_id": peer})
 
     async def __del__(self) -> None:
         await self._background.stop()

@@ -45,8 +45,8 @@ Evaluate = Callable[[str, Scope], object]
 
 WORKER_LOST = "its worker was lost"
 # A step that takes its worker or replica down each time must end some day; an outage must not end
-# it early: with the delays below, 20 losses are about a minute and a half.
-LOSSES_MAX = 20
+# it early, and a large model takes minutes to load: with the delays below, 100 losses are eight.
+LOSSES_MAX = 100
 _LOSS_DELAY_MS = 100
 _LOSS_DELAY_MAX_MS = 5_000
 _LOSS_CODES = (ErrorCode.CONNECTION_FAILED, ErrorCode.NO_HOSTS_AVAILABLE)

@@ -82,29 +82,34 @@ async def test_cancel_reaches_the_engine(cluster: Cluster, http: httpx.AsyncClie
             ended_ms.append(time.time() * 1000 - asked[execution_id])
             assert (await cancelling[0]).status_code == 202
             assert reading.view[-1].kind == "execution.cancelled"
-    aborted_ms = await aborts(cluster, list(asked))
+    aborted_ms = await aborts(cluster, set(asked))
+    # One that came between two generations found nothing to abort.
+    assert len(aborted_ms) >= CANCELS * 3 // 4
     cluster.check(*asked)
     show(
         "cancel during a generation, from the POST",
         {
-            "to the engine's abort": spread([aborted_ms[one] - asked[one] for one in asked], "ms"),
+            "to the engine's abort": spread(
+                [at_ms - asked[one] for one, at_ms in aborted_ms.items()], "ms"
+            ),
             "to the terminal event at the reader": spread(ended_ms, "ms"),
         },
     )
 
 
-async def aborts(cluster: Cluster, execution_ids: list[str]) -> dict[str, float]:
+async def aborts(cluster: Cluster, execution_ids: set[str]) -> dict[str, float]:
     """When the engine noted the abort of each execution's generation, Unix ms."""
-    async with asyncio.timeout(10):
-        while True:
-            found = {
-                record["request_id"].partition("/")[0]: ms_of(record["ts"])
-                for record in cluster.log_records("model")
-                if record["message"] == "generation aborted"
-            }
-            if found.keys() >= set(execution_ids):
-                return found
-            await asyncio.sleep(0.1)
+    found: dict[str, float] = {}
+    for _ in range(20):
+        found = {
+            record["request_id"].partition("/")[0]: ms_of(record["ts"])
+            for record in cluster.log_records("model")
+            if record["message"] == "generation aborted"
+        }
+        if found.keys() >= execution_ids:
+            break
+        await asyncio.sleep(0.1)
+    return {one: found[one] for one in execution_ids & found.keys()}
 
 
 def ms_of(text: str) -> float:

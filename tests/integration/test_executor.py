@@ -31,7 +31,14 @@ from serve_app.core.errors import (
 )
 from serve_app.core.execution import Execution, Status
 from serve_app.core.inference import JsonValue
-from serve_app.core.journal import Assigned, Commit, CommitAnswer, Notice, ReadyRang
+from serve_app.core.journal import (
+    Assigned,
+    Commit,
+    CommitAnswer,
+    Committed,
+    Notice,
+    ReadyRang,
+)
 from serve_app.core.retry import Backoff, RetryPolicy
 from serve_app.core.workflow import Workflow
 from serve_app.ports import Bells, StepCall, StepType
@@ -105,7 +112,7 @@ class Mortal:
         if self.is_dead:
             raise StoreUnavailableError("its process is dead")
         answer = await self._store.commit(commit)
-        if self.answers_lost:
+        if self.answers_lost and isinstance(answer, Committed):
             self.answers_lost -= 1
             raise StoreUnavailableError("the answer was lost")
         return answer
