@@ -1,12 +1,12 @@
 """A small keep-alive HTTP/1.1 client for load: one connection per caller, no parsing to spare.
 
-Reads a status line, headers and a body of known length, or a stream to its end; that is all these
-servers answer here. It shares the machine with what it measures, so it must cost little itself.
+Reads a status line, headers and a body of known length or in chunks; that is all these servers
+answer here. It shares the machine with what it measures, so it must cost little itself.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 STREAM_END = b"0\r\n\r\n"
@@ -34,29 +34,23 @@ class Connection:
         self._writer: asyncio.StreamWriter | None = None
 
     async def request(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """Send one request; status and body."""
-        reader = await self._send(method, path, body)
-        answer = await reader.readuntil(b"\r\n\r\n")
-        lower = answer.lower()
-        at = lower.index(b"content-length:") + 15
-        length = int(lower[at : lower.index(b"\r", at)])
-        return int(answer[9:12]), await reader.readexactly(length)
+        """Send one request; status and body, chunk borders included where it comes in chunks."""
+        reader, status, head = await self._send(method, path, body)
+        at = head.find(b"content-length:")
+        if at < 0:
+            return status, b"".join([part async for part in _until_end(reader)])
+        length = int(head[at + 15 : head.index(b"\r", at)])
+        return status, await reader.readexactly(length)
 
     async def stream(
         self, path: str, body: bytes, received: Callable[[bytes], None]
     ) -> tuple[int, bytes]:
         """Post, hand out what comes as it comes, chunk borders included; status and all of it."""
-        reader = await self._send("POST", path, body)
-        status = int((await reader.readuntil(b"\r\n\r\n"))[9:12])
+        reader, status, _ = await self._send("POST", path, body)
         parts: list[bytes] = []
-        tail = b""
-        while not tail.endswith(STREAM_END):
-            part = await reader.read(1 << 16)
-            if not part:
-                raise ConnectionError("the stream was cut off")
+        async for part in _until_end(reader):
             received(part)
             parts.append(part)
-            tail = (tail + part)[-len(STREAM_END) :]
         return status, b"".join(parts)
 
     def close(self) -> None:
@@ -64,13 +58,27 @@ class Connection:
         if self._writer is not None:
             self._writer.close()
 
-    async def _send(self, method: str, path: str, body: bytes) -> asyncio.StreamReader:
+    async def _send(
+        self, method: str, path: str, body: bytes
+    ) -> tuple[asyncio.StreamReader, int, bytes]:
+        """Send; where the body is read, the status, and the head in lower case."""
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(*self._address)
         assert self._reader is not None, "opened together with the writer"
         head = f"{method} {path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
         self._writer.write(head.encode() + body)
-        return self._reader
+        answer = await self._reader.readuntil(b"\r\n\r\n")
+        return self._reader, int(answer[9:12]), answer.lower()
+
+
+async def _until_end(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    tail = b""
+    while not tail.endswith(STREAM_END):
+        part = await reader.read(1 << 16)
+        if not part:
+            raise ConnectionError("the answer was cut off")
+        yield part
+        tail = (tail + part)[-len(STREAM_END) :]
 
 
 async def closed_loop(
