@@ -102,6 +102,12 @@ def create_app(services: Services) -> FastAPI:
     return app
 
 
+def services_of(request: Request) -> Services:
+    """The services of the application that a request came to."""
+    services: Services = request.app.state.services
+    return services
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeAppError), "registered for this class alone"
     return problem_response(error, request.state.request_id)

@@ -36,7 +36,7 @@ from serve_app.core.errors import (
 from serve_app.core.execution import Execution, Status
 from serve_app.core.retry import Backoff, RetryPolicy
 from serve_app.ingress.answers import ERRORS, json_response
-from serve_app.ingress.app import Services
+from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json, read_body, validate
 from serve_app.ingress.views import (
     KEEP_ALIVE,
@@ -80,7 +80,7 @@ _EXECUTE_BODY = {
 )
 async def execute(request: Request) -> Response:
     """Answer with the result, in whatever terminal state."""
-    services = _services(request)
+    services = services_of(request)
     submission = await _submission(request, services)
     async with AsyncExitStack() as stack:
         try:
@@ -109,7 +109,7 @@ async def execute(request: Request) -> Response:
 )
 async def execute_async(request: Request) -> Response:
     """Answer as soon as the execution is durable."""
-    services = _services(request)
+    services = services_of(request)
     started = await services.executions.start(await _submission(request, services))
     info = {"id": started.execution.id, "status": started.execution.status}
     return json_response(info, 202, _started_headers(started))
@@ -124,7 +124,7 @@ async def execute_async(request: Request) -> Response:
 )
 async def execute_stream(request: Request) -> Response:
     """Stream from the first event; leaving does not cancel."""
-    services = _services(request)
+    services = services_of(request)
     submission = await _submission(request, services)
     stack = AsyncExitStack()
     started, feed = await stack.enter_async_context(
@@ -141,7 +141,7 @@ async def execute_stream(request: Request) -> Response:
 )
 async def get_execution(request: Request, execution_id: str) -> Response:
     """Status, steps and result."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.READ)
     execution = await services.executions.load(principal.workspace, execution_id)
     created = execution.created
@@ -162,7 +162,7 @@ async def get_execution(request: Request, execution_id: str) -> Response:
 )
 async def stream_execution(request: Request, execution_id: str) -> Response:
     """Resume with `Last-Event-ID` or `?after=`; the header wins."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.READ)
     cursor = _cursor(request)
     async with AsyncExitStack() as stack:
@@ -183,7 +183,7 @@ async def stream_execution(request: Request, execution_id: str) -> Response:
 )
 async def cancel_execution(request: Request, execution_id: str) -> Response:
     """Ask for the end; it is there within 2 s."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.EXECUTE)
     reason = "cancelled by the caller"
     execution = await services.executions.cancel(principal.workspace, execution_id, reason)
@@ -198,7 +198,7 @@ async def cancel_execution(request: Request, execution_id: str) -> Response:
 )
 async def list_executions(request: Request) -> Response:
     """`?workflowId=&status=&cursor=&limit=`; items have neither `data` nor `steps`."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.READ)
     query = _list_query(request, principal.workspace)
     found = await services.executions.recent(query)
@@ -216,7 +216,7 @@ async def list_executions(request: Request) -> Response:
 )
 async def retry_execution(request: Request, execution_id: str) -> Response:
     """`?fromStep=` keeps the results of the steps before it."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.EXECUTE)
     wish = RetryWish(request.query_params.get("fromStep"), _idempotency_key(request))
     started = await services.executions.retry(principal.workspace, execution_id, wish)
@@ -226,11 +226,6 @@ async def retry_execution(request: Request, execution_id: str) -> Response:
         "retryOf": execution_id,
     }
     return json_response(info, 202, _started_headers(started))
-
-
-def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
 
 
 async def _submission(request: Request, services: Services) -> Submission:

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from inferpipe.wire import HealthStatus
-from serve_app.ingress.app import Services
+from serve_app.ingress.app import services_of
 
 router = APIRouter(tags=["health"])
 
@@ -20,7 +20,7 @@ def _plain(value: object) -> object:
 @router.get("/health", response_model=HealthStatus, include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 when everything needed is up, 503 otherwise."""
-    services: Services = request.app.state.services
+    services = services_of(request)
     sample = services.health.sample
     body = {
         "status": sample.status,

@@ -24,7 +24,7 @@ from serve_app.core.errors import (
     WorkspaceExistsError,
 )
 from serve_app.ingress.answers import ERRORS, json_response
-from serve_app.ingress.app import Services
+from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json, read_body, validate
 from serve_app.ingress.views import timestamp
 
@@ -38,7 +38,7 @@ BODY_BYTES_MAX = 16 * 1024
 )
 async def create_key(request: Request) -> Response:
     """In the caller's own workspace; the key is shown here and never again."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.ADMIN)
     wish = validate(KeyRequest, await _body(request, services))
     expires_at_ms = None
@@ -55,7 +55,7 @@ async def create_key(request: Request) -> Response:
 @router.get("/keys", response_model=KeyList, responses=ERRORS, summary="The workspace's keys")
 async def list_keys(request: Request) -> Response:
     """Without the keys themselves."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.ADMIN)
     records = await services.keys.records(principal.workspace)
     return json_response({"items": [_key_view(record) for record in records], "nextCursor": None})
@@ -64,7 +64,7 @@ async def list_keys(request: Request) -> Response:
 @router.delete("/keys/{key_id}", status_code=204, responses=ERRORS, summary="Revoke a key")
 async def revoke_key(request: Request, key_id: str) -> Response:
     """Effective everywhere within a second."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.ADMIN)
     if not await services.keys.revoke(principal.workspace, key_id):
         raise UnknownKeyError(f"no key {key_id!r} in this workspace")
@@ -80,7 +80,7 @@ async def revoke_key(request: Request, key_id: str) -> Response:
 )
 async def create_workspace(request: Request) -> Response:
     """For an admin of the first workspace; the key is shown here and never again."""
-    services = _services(request)
+    services = services_of(request)
     _check_operator(services, await services.authenticator.principal(request, Scope.ADMIN))
     wish = validate(WorkspaceRequest, await _body(request, services))
     if not await services.keys.add_workspace(wish.id, wish.name or wish.id):
@@ -93,7 +93,7 @@ async def create_workspace(request: Request) -> Response:
 @router.get("/workspaces", response_model=WorkspaceList, responses=ERRORS, summary="All workspaces")
 async def list_workspaces(request: Request) -> Response:
     """For an admin of the first workspace."""
-    services = _services(request)
+    services = services_of(request)
     _check_operator(services, await services.authenticator.principal(request, Scope.ADMIN))
     found = await services.keys.workspaces()
     items = [
@@ -101,11 +101,6 @@ async def list_workspaces(request: Request) -> Response:
         for workspace, (name, at_ms) in found.items()
     ]
     return json_response({"items": items, "nextCursor": None})
-
-
-def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
 
 
 async def _body(request: Request, services: Services) -> object:

@@ -21,7 +21,7 @@ from serve_app.core.errors import (
 )
 from serve_app.core.workflow import Workflow
 from serve_app.ingress.answers import ERRORS, json_response
-from serve_app.ingress.app import Services
+from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json, read_body
 from serve_app.ingress.views import timestamp
 
@@ -49,7 +49,7 @@ _BODY = {
 )
 async def put_workflow(request: Request, workflow_id: str) -> Response:
     """201 for a new workflow, 200 for a new version or an unchanged one."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.ADMIN)
     document = await _definition(request, services, workflow_id)
     was_known = workflow_id in await services.catalog.ids(principal.workspace)
@@ -62,7 +62,7 @@ async def put_workflow(request: Request, workflow_id: str) -> Response:
 @router.get("", response_model=WorkflowList, responses=ERRORS, summary="Visible definitions")
 async def list_workflows(request: Request) -> Response:
     """The workspace's own and the shipped ones, latest versions, by id."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.READ)
     items = [
         await _latest(services, principal.workspace, workflow_id)
@@ -74,7 +74,7 @@ async def list_workflows(request: Request) -> Response:
 @router.get("/{workflow_id}", response_model=WorkflowView, responses=ERRORS, summary="A definition")
 async def get_workflow(request: Request, workflow_id: str) -> Response:
     """The latest version, or `?version=`."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.READ)
     asked = request.query_params.get("version")
     if asked is None:
@@ -95,7 +95,7 @@ async def get_workflow(request: Request, workflow_id: str) -> Response:
 )
 async def list_versions(request: Request, workflow_id: str) -> Response:
     """Newest first."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.READ)
     versions = await services.catalog.versions(principal.workspace, workflow_id)
     items = []
@@ -108,7 +108,7 @@ async def list_versions(request: Request, workflow_id: str) -> Response:
 @router.delete("/{workflow_id}", status_code=204, responses=ERRORS, summary="Remove a definition")
 async def delete_workflow(request: Request, workflow_id: str) -> Response:
     """Running executions keep their version; a shipped one of the same id shows again."""
-    services = _services(request)
+    services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.ADMIN)
     if not await services.catalog.undefine(principal.workspace, workflow_id):
         raise UnknownWorkflowError(f"no workflow {workflow_id!r} of this workspace's own")
@@ -124,7 +124,7 @@ async def delete_workflow(request: Request, workflow_id: str) -> Response:
 )
 async def validate_workflow(request: Request, workflow_id: str) -> Response:
     """200 in both cases; `errors` says which step and why."""
-    services = _services(request)
+    services = services_of(request)
     await services.authenticator.principal(request, Scope.READ)
     document = await _definition(request, services, workflow_id)
     try:
@@ -133,11 +133,6 @@ async def validate_workflow(request: Request, workflow_id: str) -> Response:
         errors = [{"loc": list(p.loc), "msg": p.msg} for p in error.problems]
         return json_response({"valid": False, "errors": errors})
     return json_response({"valid": True, "errors": []})
-
-
-def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
 
 
 async def _definition(request: Request, services: Services, workflow_id: str) -> object:
