@@ -58,7 +58,8 @@ class Ingress:
         self._link = TcpTokenLink(
             settings.cluster_secret.get_secret_value().encode(), clock, entropy
         )
-        types = step_types(Inference(ServeAdmission(router), self._link), schemas, entropy)
+        inference = Inference(ServeAdmission(router), self._link)
+        types = step_types(inference, schemas, entropy)
         catalog = catalog_of(self._stores.calls, types, clock)
         keys = RedisKeys(self._stores.calls, clock)
         registry = RedisReplicas(self._stores.client, self._stores.calls, clock)
@@ -78,6 +79,7 @@ class Ingress:
             keys=keys,
             authenticator=Authenticator(keys, settings.workspace_id, is_dev=settings.dev),
             health=health,
+            inference=inference,
             clock=clock,
             entropy=entropy,
             settings=settings,

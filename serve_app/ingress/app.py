@@ -25,6 +25,7 @@ from serve_app.ports import Clock, Entropy, KeyRing, WorkflowCatalog
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
+from serve_app.services.inference import Inference
 from serve_app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Services:
     keys: KeyRing
     authenticator: Authenticator
     health: Health
+    inference: Inference
     clock: Clock
     entropy: Entropy
     settings: Settings
