@@ -6,11 +6,9 @@ camelCase; what the server sends may grow members, so answers ignore unknown one
 refuse them.
 """
 
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StrictInt
-from pydantic.alias_generators import to_camel
+from pydantic import ConfigDict, Field, StrictInt
 
 from inferpipe._sse import (
     EVENT_BYTES_MAX,
@@ -19,11 +17,32 @@ from inferpipe._sse import (
     SseTooLargeError,
     encode_sse,
 )
+from inferpipe._wire_base import Count, RequestModel, Timestamp, WireModel
+from inferpipe._wire_delivery import (
+    DeliveryAttempt,
+    DeliveryList,
+    DeliveryView,
+    ReplayRequest,
+    RotateSecretRequest,
+    SignalRequest,
+    StreamTokenRequest,
+    StreamTokenView,
+    UsageItem,
+    UsageReport,
+    WebhookList,
+    WebhookPatch,
+    WebhookRequest,
+    WebhookSecret,
+    WebhookView,
+)
 
 __all__ = [
     "EVENT_BYTES_MAX",
     "TERMINAL_STATUSES",
     "CacheConfig",
+    "DeliveryAttempt",
+    "DeliveryList",
+    "DeliveryView",
     "ExecuteRequest",
     "ExecutionInfo",
     "ExecutionList",
@@ -36,14 +55,26 @@ __all__ = [
     "KeyView",
     "Problem",
     "ProblemItem",
+    "ReplayRequest",
     "RetryConfig",
+    "RotateSecretRequest",
     "ServerSentEvent",
+    "SignalRequest",
     "SseDecoder",
     "SseTooLargeError",
     "StepView",
+    "StreamTokenRequest",
+    "StreamTokenView",
     "TimingView",
+    "UsageItem",
+    "UsageReport",
     "UsageView",
     "Validation",
+    "WebhookList",
+    "WebhookPatch",
+    "WebhookRequest",
+    "WebhookSecret",
+    "WebhookView",
     "WireModel",
     "WorkflowList",
     "WorkflowView",
@@ -66,32 +97,7 @@ TERMINAL_STATUSES: frozenset[ExecutionStatus] = frozenset({"completed", "failed"
 DurationMs = Annotated[StrictInt, Field(le=DURATION_MS_MAX)]
 
 
-def _to_utc(moment: datetime) -> datetime:
-    return moment.astimezone(UTC)
-
-
-# RFC 3339 in UTC. Python's own UTC also replaces pydantic-core's time zone object: one that is
-# alive when the interpreter ends makes it crash (pydantic issue 12867; seen with 2.14.3).
-Timestamp = Annotated[AwareDatetime, AfterValidator(_to_utc)]
-Count = Annotated[int, Field(ge=0)]
-
-
-class WireModel(BaseModel):
-    """camelCase on the wire, snake_case in Python; dumps are the wire's by default."""
-
-    model_config = ConfigDict(
-        alias_generator=to_camel,
-        validate_by_alias=True,
-        validate_by_name=True,
-        serialize_by_alias=True,
-    )
-
-
-class _RequestModel(WireModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class RetryConfig(_RequestModel):
+class RetryConfig(RequestModel):
     """How the server retries the execution; overrides the workflow's own `retry`.
 
     `attempts` counts the tries after the first; `max_delay` is in ms. What is None here is the
@@ -103,13 +109,13 @@ class RetryConfig(_RequestModel):
     max_delay: Annotated[DurationMs, Field(ge=0)] | None = None
 
 
-class CacheConfig(_RequestModel):
+class CacheConfig(RequestModel):
     """Whether an earlier result of the same workflow and input will do; `ttl` is in seconds."""
 
     ttl: Annotated[StrictInt, Field(gt=0, le=DURATION_MS_MAX // 1000)]
 
 
-class ExecuteRequest(_RequestModel):
+class ExecuteRequest(RequestModel):
     """The body of every call that starts an execution.
 
     `timeout` is in ms, runs from acceptance and includes the queue. A higher `priority` goes
@@ -127,10 +133,11 @@ class ExecuteRequest(_RequestModel):
 
 
 class ExecutionInfo(WireModel):
-    """What `execute/async` answers: enough to ask again."""
+    """What a start answers: enough to ask again. `retry_of` is there for a retry alone."""
 
     id: str
     status: ExecutionStatus
+    retry_of: str | None = None
 
 
 class UsageView(WireModel):
@@ -223,7 +230,7 @@ class Validation(WireModel):
     errors: list["ProblemItem"] = Field(default_factory=list)
 
 
-class KeyRequest(_RequestModel):
+class KeyRequest(RequestModel):
     """A key to make; each scope includes those before it: read, execute, admin."""
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
@@ -250,7 +257,7 @@ class KeyList(WireModel):
     next_cursor: str | None = None
 
 
-class WorkspaceRequest(_RequestModel):
+class WorkspaceRequest(RequestModel):
     """A workspace to make."""
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
