@@ -11,7 +11,7 @@ from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_config import SHIPPED, RedisCatalog
 from serve_app.core.errors import InvalidWorkflowError
 from serve_app.core.workflow import Workflow, parse_workflow
-from serve_app.ports import Clock, StepType
+from serve_app.ports import Clock, StepType, WorkflowCatalog
 from serve_app.settings import Settings
 
 
@@ -30,7 +30,7 @@ def catalog_of(calls: RedisCalls, step_types: Mapping[str, StepType], clock: Clo
     return RedisCatalog(calls, parse, clock)
 
 
-async def publish_definitions(catalog: RedisCatalog, settings: Settings) -> None:
+async def publish_definitions(catalog: WorkflowCatalog, settings: Settings) -> None:
     """Make shipped definitions and the operator's own known; unchanged ones keep their version.
 
     Raises:

@@ -17,6 +17,7 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from serve_app.core.auth import KeyRecord, Principal
@@ -377,6 +378,39 @@ class ReplicaRegistry(Protocol):
 
     def reports(self) -> AbstractAsyncContextManager[AsyncIterator[ReplicaReport]]:
         """Present reports first, then each new one."""
+        ...
+
+
+class ClaimState(StrEnum):
+    """What a request with an Idempotency-Key finds."""
+
+    YOURS = "yours"
+    BUSY = "busy"
+    CONFLICT = "conflict"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """`answer` is the first one, where the state is `DONE`."""
+
+    state: ClaimState
+    answer: bytes | None = None
+
+
+class Idempotency(Protocol):
+    """First answers by (workspace, route, key), kept for 24 h. Every call may be repeated."""
+
+    async def begin(self, scope: tuple[str, ...], body_hash: str, claim_id: str) -> Claim:
+        """Claim the work, or learn who has it or how it ended; a dead claimer's runs out."""
+        ...
+
+    async def finish(self, scope: tuple[str, ...], claim_id: str, answer: bytes) -> None:
+        """Keep the answer for repeats."""
+        ...
+
+    async def drop(self, scope: tuple[str, ...], claim_id: str) -> None:
+        """Give the claim up: the work was refused, and a repeat may do it."""
         ...
 
 

@@ -124,12 +124,18 @@ class RedisCalls:
         return await pipeline.execute(raise_on_error=False)
 
     async def _load_library(self) -> None:
-        source = resources.files("serve_app.adapters").joinpath("redis_functions.lua").read_text()
         try:
-            await self._client.function_load(source, replace=True)
+            for source in _libraries():
+                await self._client.function_load(source, replace=True)
         except _UNAVAILABLE:
             # The batch is sent again and finds out by itself whether the server is back.
             await self._clock.sleep(_RETRY_DELAY_S)
+
+
+def _libraries() -> tuple[str, ...]:
+    folder = resources.files("serve_app.adapters")
+    files = (file for file in folder.iterdir() if file.name.endswith(".lua"))
+    return tuple(file.read_text(encoding="utf-8") for file in sorted(files, key=str))
 
 
 def _settle(

@@ -31,6 +31,7 @@ class ErrorCode(StrEnum):
     ALREADY_TERMINAL = "ALREADY_TERMINAL"
     NOT_TERMINAL = "NOT_TERMINAL"
     IDEMPOTENCY_CONFLICT = "IDEMPOTENCY_CONFLICT"
+    IDEMPOTENCY_IN_PROGRESS = "IDEMPOTENCY_IN_PROGRESS"
     RATE_LIMIT_EXCEEDED = "RATE_LIMIT_EXCEEDED"
     OVERLOADED = "OVERLOADED"
     STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
@@ -159,6 +160,12 @@ class IdempotencyConflictError(ServeAppError):
     """The same Idempotency-Key came with another body."""
 
     code = ErrorCode.IDEMPOTENCY_CONFLICT
+
+
+class IdempotencyInProgressError(ServeAppError):
+    """The first request with the same Idempotency-Key is still under way."""
+
+    code = ErrorCode.IDEMPOTENCY_IN_PROGRESS
 
 
 class OverloadedError(ServeAppError):

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.core.errors import ErrorCode, ServeAppError
 from serve_app.ingress.auth import Authenticator
 from serve_app.ingress.errors import problem_response
-from serve_app.ports import Clock, Entropy, KeyRing, WorkflowCatalog
+from serve_app.ports import Clock, Entropy, Idempotency, KeyRing, WorkflowCatalog
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
@@ -29,6 +30,8 @@ from serve_app.services.inference import Inference
 from serve_app.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -41,6 +44,7 @@ class Services:
     feeds: Feeds
     catalog: WorkflowCatalog
     keys: KeyRing
+    idempotency: Idempotency
     authenticator: Authenticator
     health: Health
     inference: Inference
@@ -49,9 +53,9 @@ class Services:
     settings: Settings
     version: str
     is_behind_serve: bool = True
-    loose_ends: set[asyncio.Task[None]] = field(default_factory=set)
+    loose_ends: set[asyncio.Task[object]] = field(default_factory=set)
 
-    def detached(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+    def detached(self, work: Coroutine[object, object, Value]) -> asyncio.Task[Value]:
         """Run what must finish although its request has ended."""
         task = asyncio.get_running_loop().create_task(work)
         self.loose_ends.add(task)

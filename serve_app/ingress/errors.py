@@ -29,6 +29,7 @@ STATUS: Mapping[ErrorCode, int] = MappingProxyType(
         ErrorCode.ALREADY_TERMINAL: 409,
         ErrorCode.NOT_TERMINAL: 409,
         ErrorCode.IDEMPOTENCY_CONFLICT: 409,
+        ErrorCode.IDEMPOTENCY_IN_PROGRESS: 409,
         ErrorCode.STALE_LEASE: 409,
         ErrorCode.BODY_TOO_LARGE: 413,
         ErrorCode.INVALID_REQUEST: 422,
@@ -46,7 +47,11 @@ STATUS: Mapping[ErrorCode, int] = MappingProxyType(
         ErrorCode.TIMEOUT: 504,
     }
 )
-RETRY_AFTER_S = 1  # with 429 and 503: the queues here drain in seconds
+RETRY_AFTER_S = 1  # the queues here drain in seconds
+_IS_WORTH_A_RETRY = frozenset(
+    {code for code, status in STATUS.items() if status in (429, 503)}
+    | {ErrorCode.IDEMPOTENCY_IN_PROGRESS}
+)
 _PROBLEMS_SHOWN_MAX = 50
 
 
@@ -65,7 +70,7 @@ def problem_response(error: ServeAppError, request_id: str) -> Response:
     if isinstance(error, InvalidRequestError):
         shown = error.problems[:_PROBLEMS_SHOWN_MAX]
         body["errors"] = [{"loc": list(problem.loc), "msg": problem.msg} for problem in shown]
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if code in _IS_WORTH_A_RETRY else {}
     if code is ErrorCode.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(orjson.dumps(body), status, headers, "application/problem+json")

@@ -13,6 +13,7 @@ from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_store import RedisStore
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.valkey_server import EmbeddedValkey
+from tests.support.api import Api, running_api
 
 PARTITIONS = 4
 
@@ -60,3 +61,10 @@ async def bench(valkey_url: str) -> AsyncIterator[StoreBench]:
     yield opened
     await opened.calls.close()
     await opened.client.aclose()
+
+
+@pytest.fixture
+async def api(valkey_url: str, tmp_path: Path) -> AsyncIterator[Api]:
+    """The HTTP API over an empty store."""
+    async with running_api(valkey_url, tmp_path) as running:
+        yield running

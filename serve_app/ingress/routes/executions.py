@@ -6,7 +6,6 @@ without an Idempotency-Key cancels the work down to the engine.
 """
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -38,6 +37,7 @@ from serve_app.core.retry import Backoff, RetryPolicy
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json, read_body, validate
+from serve_app.ingress.idempotency import body_hash, idempotency_key
 from serve_app.ingress.views import (
     KEEP_ALIVE,
     item_view,
@@ -51,7 +51,6 @@ from serve_app.services.feeds import Feed
 
 router = APIRouter(prefix="/v1", tags=["executions"])
 
-_KEY_MAX = 255
 LIST_DEFAULT = 50
 LIST_MAX = 200
 SIGN_OF_LIFE_S = 0.5  # a caller that went away is noticed so soon; the end must come within 2 s
@@ -218,7 +217,7 @@ async def retry_execution(request: Request, execution_id: str) -> Response:
     """`?fromStep=` keeps the results of the steps before it."""
     services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.EXECUTE)
-    wish = RetryWish(request.query_params.get("fromStep"), _idempotency_key(request))
+    wish = RetryWish(request.query_params.get("fromStep"), idempotency_key(request))
     started = await services.executions.retry(principal.workspace, execution_id, wish)
     info = {
         "id": started.execution.id,
@@ -238,7 +237,7 @@ async def _submission(request: Request, services: Services) -> Submission:
         raise InvalidRequestError(
             "this release keeps no result cache", [Problem(("body", "cache"), "leave it out")]
         )
-    key = _idempotency_key(request)
+    key = idempotency_key(request)
     retry = wish.retry_config
     scope: str = request.scope["path"]
     return Submission(
@@ -252,7 +251,7 @@ async def _submission(request: Request, services: Services) -> Submission:
         user_id=wish.user_id,
         priority=wish.priority or 0,
         idempotency_key=key,
-        request_hash=None if key is None else _hash(value),
+        request_hash=None if key is None else body_hash(value),
     )
 
 
@@ -263,17 +262,6 @@ def _retry_policy(wish: RetryConfig) -> RetryPolicy:
     if wish.max_delay is not None:
         policy = replace(policy, max_delay_ms=wish.max_delay)
     return policy
-
-
-def _idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 0 < len(key) <= _KEY_MAX:
-        raise InvalidRequestError(f"Idempotency-Key takes 1 to {_KEY_MAX} characters")
-    return key
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _list_query(request: Request, workspace: str) -> ListQuery:

@@ -26,6 +26,7 @@ from serve_app.core.errors import (
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json, read_body, validate
+from serve_app.ingress.idempotency import answer_once
 from serve_app.ingress.views import timestamp
 
 router = APIRouter(prefix="/v1", tags=["keys"])
@@ -40,16 +41,21 @@ async def create_key(request: Request) -> Response:
     """In the caller's own workspace; the key is shown here and never again."""
     services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.ADMIN)
-    wish = validate(KeyRequest, await _body(request, services))
-    expires_at_ms = None
-    if wish.expires_at is not None:
-        expires_at_ms = int(wish.expires_at.timestamp() * 1000)
-        if expires_at_ms <= services.clock.now_ms():
-            raise InvalidRequestError("expiresAt is in the past")
-    scopes = tuple(Scope(scope) for scope in dict.fromkeys(wish.scopes))
-    key, record = _new_record(services, principal.workspace, wish.name, scopes, expires_at_ms)
-    await services.keys.put(key, record)
-    return json_response({**_key_view(record), "key": key}, 201)
+    body = await _body(request, services)
+    wish = validate(KeyRequest, body)
+
+    async def make() -> dict[str, object]:
+        expires_at_ms = None
+        if wish.expires_at is not None:
+            expires_at_ms = int(wish.expires_at.timestamp() * 1000)
+            if expires_at_ms <= services.clock.now_ms():
+                raise InvalidRequestError("expiresAt is in the past")
+        scopes = tuple(Scope(scope) for scope in dict.fromkeys(wish.scopes))
+        key, record = _new_record(services, principal.workspace, wish.name, scopes, expires_at_ms)
+        await services.keys.put(key, record)
+        return {**_key_view(record), "key": key}
+
+    return await answer_once(request, principal.workspace, body, make, secrets=("key",))
 
 
 @router.get("/keys", response_model=KeyList, responses=ERRORS, summary="The workspace's keys")
@@ -81,13 +87,22 @@ async def revoke_key(request: Request, key_id: str) -> Response:
 async def create_workspace(request: Request) -> Response:
     """For an admin of the first workspace; the key is shown here and never again."""
     services = services_of(request)
-    _check_operator(services, await services.authenticator.principal(request, Scope.ADMIN))
-    wish = validate(WorkspaceRequest, await _body(request, services))
-    if not await services.keys.add_workspace(wish.id, wish.name or wish.id):
-        raise WorkspaceExistsError(f"there is a workspace {wish.id!r} already")
-    key, record = _new_record(services, wish.id, "first key", (Scope.ADMIN,), None)
-    await services.keys.put(key, record)
-    return json_response({"id": wish.id, "name": wish.name or wish.id, "apiKey": key}, 201)
+    principal = await services.authenticator.principal(request, Scope.ADMIN)
+    _check_operator(services, principal)
+    body = await _body(request, services)
+    wish = validate(WorkspaceRequest, body)
+
+    async def make() -> dict[str, object]:
+        # The key first: a crash between the two leaves a key that nobody knows, and not a
+        # workspace that nobody can enter.
+        key, record = _new_record(services, wish.id, "first key", (Scope.ADMIN,), None)
+        await services.keys.put(key, record)
+        if not await services.keys.add_workspace(wish.id, wish.name or wish.id):
+            await services.keys.revoke(wish.id, record.id)
+            raise WorkspaceExistsError(f"there is a workspace {wish.id!r} already")
+        return {"id": wish.id, "name": wish.name or wish.id, "apiKey": key}
+
+    return await answer_once(request, principal.workspace, body, make, secrets=("apiKey",))
 
 
 @router.get("/workspaces", response_model=WorkspaceList, responses=ERRORS, summary="All workspaces")

@@ -1,0 +1,84 @@
+"""What the ingress is made of: its services over the adapters of one process.
+
+Apart from the deployment, so that tests can run the same application without Ray.
+"""
+
+from importlib.metadata import version
+
+from deployments.definitions import catalog_of, publish_definitions
+from serve_app.adapters.json_schema import JsonSchemas
+from serve_app.adapters.redis_bells import RedisBells, ingress_channels
+from serve_app.adapters.redis_config import RedisKeys
+from serve_app.adapters.redis_connect import RedisConnections
+from serve_app.adapters.redis_idempotency import RedisIdempotency
+from serve_app.adapters.redis_replicas import RedisReplicas
+from serve_app.core.auth import SHOWN_CHARACTERS, KeyRecord, Scope
+from serve_app.ingress.app import Services
+from serve_app.ingress.auth import Authenticator
+from serve_app.ingress.views import render_sse
+from serve_app.ports import Clock, Entropy
+from serve_app.services.executions import Executions
+from serve_app.services.feeds import Feeds
+from serve_app.services.health import Health
+from serve_app.services.inference import Inference
+from serve_app.settings import Settings
+from serve_app.steps import step_types
+
+FIRST_KEY_ID = "first"
+
+
+def compose(
+    settings: Settings,
+    stores: RedisConnections,
+    inference: Inference,
+    clock: Clock,
+    entropy: Entropy,
+) -> Services:
+    """What the routes work with, over the adapters of one process."""
+    ingress_id = entropy.token()
+    schemas = JsonSchemas()
+    bells = RedisBells(stores.client, ingress_channels(ingress_id, settings.partitions), clock)
+    feeds = Feeds(ingress_id, stores.store, bells, clock, render_sse)
+    catalog = catalog_of(stores.calls, step_types(inference, schemas, entropy), clock)
+    keys = RedisKeys(stores.calls, clock)
+    registry = RedisReplicas(stores.client, stores.calls, clock)
+    return Services(
+        executions=Executions(
+            stores.store,
+            catalog,
+            schemas,
+            feeds,
+            clock,
+            entropy,
+            timeout_default_ms=settings.timeout_default_ms,
+        ),
+        feeds=feeds,
+        catalog=catalog,
+        keys=keys,
+        idempotency=RedisIdempotency(stores.calls),
+        authenticator=Authenticator(keys, settings.workspace_id, is_dev=settings.dev),
+        inference=inference,
+        health=Health(stores.store, registry, clock, has_models=settings.model_replicas > 0),
+        clock=clock,
+        entropy=entropy,
+        settings=settings,
+        version=version("inferpipe"),
+    )
+
+
+async def publish(services: Services) -> None:
+    """Make known what the settings bring: definitions, the first key and its workspace."""
+    settings, keys = services.settings, services.keys
+    await publish_definitions(services.catalog, settings)
+    key = settings.api_key.get_secret_value()
+    shown = key[:SHOWN_CHARACTERS] if len(key) > 2 * SHOWN_CHARACTERS else ""
+    record = KeyRecord(
+        FIRST_KEY_ID,
+        settings.workspace_id,
+        "first key",
+        (Scope.ADMIN,),
+        shown,
+        services.clock.now_ms(),
+    )
+    await keys.put(key, record)
+    await keys.add_workspace(settings.workspace_id, settings.workspace_id)

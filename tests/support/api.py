@@ -1,0 +1,109 @@
+"""The whole HTTP API without Ray: the real application and an executor over one Valkey."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from fastapi import FastAPI
+from redis.asyncio import Redis
+
+from deployments.composition import compose, publish
+from serve_app.adapters.cel_expressions import CelExpressions
+from serve_app.adapters.json_schema import JsonSchemas
+from serve_app.adapters.redis_bells import RedisBells, worker_channels
+from serve_app.adapters.redis_connect import connect
+from serve_app.adapters.system import SystemClock, SystemEntropy
+from serve_app.core.inference import (
+    AdmitRequest,
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    Grant,
+    Usage,
+)
+from serve_app.ingress.app import Services, create_app
+from serve_app.services.executor import Executor, WorkerLimits
+from serve_app.services.inference import Inference
+from serve_app.services.runner import Runtime
+from serve_app.settings import Settings
+from serve_app.steps import step_types
+
+ADMIN_KEY = "ip_surface-test-key-0123456789"
+USAGE = Usage(prompt_tokens=11, completion_tokens=3, cached_tokens=4)
+
+
+class ScriptedPlane:
+    """A router and a link whose every answer is the same three tokens."""
+
+    async def admit(self, request: AdmitRequest) -> Grant:
+        return Grant(request.request_id, "host", "127.0.0.1", 1, 0, "")
+
+    async def generate(
+        self, grant: Grant, request: GenerationRequest
+    ) -> AsyncGenerator[Chunk, None]:
+        yield Chunk("three ", (1,), usage=Usage(11, 1, 4))
+        yield Chunk("small tokens", (2, 3), FinishReason.STOP, USAGE)
+
+
+@dataclass
+class Api:
+    """The running application, and a client that calls it as the first admin."""
+
+    app: FastAPI
+    services: Services
+    http: httpx.AsyncClient
+
+    async def new_key(self, *scopes: str, **wish: object) -> dict[str, str]:
+        """The headers of a new key in the first workspace."""
+        made = await self.http.post("/v1/keys", json={"name": "t", "scopes": scopes, **wish})
+        assert made.status_code == 201, made.text
+        return {"Authorization": f"Bearer {made.json()['key']}"}
+
+    async def new_workspace(self, name: str) -> dict[str, str]:
+        """The headers of the admin key of a new workspace."""
+        made = await self.http.post("/v1/workspaces", json={"id": name})
+        assert made.status_code == 201, made.text
+        return {"Authorization": f"Bearer {made.json()['apiKey']}"}
+
+
+@asynccontextmanager
+async def running_api(url: str, data_dir: Path, **given: object) -> AsyncIterator[Api]:
+    """The application over an emptied store, with one executor."""
+    async with Redis.from_url(url) as client:
+        await client.flushall()
+    settings = Settings(
+        redis_url=url,  # type: ignore[arg-type]
+        data_dir=data_dir,
+        api_key=ADMIN_KEY,  # type: ignore[arg-type]
+        cluster_secret="a-secret-of-the-tests",  # type: ignore[arg-type]
+        partitions=4,
+        model_replicas=0,
+        **given,  # type: ignore[arg-type]
+    )
+    clock, entropy = SystemClock(), SystemEntropy()
+    stores = connect(settings, clock)
+    inference = Inference(ScriptedPlane(), ScriptedPlane())
+    services = compose(settings, stores, inference, clock, entropy)
+    await publish(services)
+    types = step_types(inference, JsonSchemas(), entropy)
+    runtime = Runtime(stores.store, types, CelExpressions(), clock, entropy)
+    bells = RedisBells(stores.client, worker_channels("w1", settings.partitions), clock)
+    executor = Executor("w1", runtime, bells, services.catalog, WorkerLimits(3000, 200, 64))
+    works = (services.feeds.run(), services.health.run(), executor.run())
+    running = [asyncio.ensure_future(work) for work in works]
+    while not executor.beat_at_s:
+        await asyncio.sleep(0.005)
+    app = create_app(services)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://127.0.0.1:8000", headers=headers, timeout=30
+    ) as http:
+        yield Api(app, services, http)
+    for task in running:
+        task.cancel()
+    await asyncio.wait(running)
+    await stores.close()
