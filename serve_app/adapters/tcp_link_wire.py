@@ -22,14 +22,16 @@ import msgpack
 from serve_app.core.errors import ServeAppError
 from serve_app.core.inference import (
     Chunk,
+    ChunkDetails,
     FinishReason,
     GenerationRequest,
     Grant,
     Message,
+    TokenScore,
     Usage,
 )
 
-VERSION = 1
+VERSION = 2
 HELLO_BYTES_MAX = 256  # what a peer can make us hold before it has proved itself
 LENGTH = struct.Struct(">I")
 
@@ -80,8 +82,8 @@ class Call(IntEnum):
 class Answer(IntEnum):
     """Kinds of items from server to client."""
 
-    DELTA = 0  # stream id, text, token ids
-    END = 1  # stream id, text, token ids, finish reason, usage
+    DELTA = 0  # stream id, text, token ids, and the details where there are some
+    END = 1  # stream id, text, token ids, finish reason, usage, likewise
     ERROR = 2  # stream id, code, message
     PONG = 3
 
@@ -173,6 +175,8 @@ def call_start(stream_id: int, grant: Grant, request: GenerationRequest) -> Item
         request.output_schema,
         request.deadline_ms,
         request.priority,
+        request.prompt_token_ids,
+        request.engine_options,
     ]
     return [Call.START, stream_id, astuple(grant), request.request_id, messages, settings]
 
@@ -185,7 +189,8 @@ def read_start(item: Item) -> tuple[int, Grant, GenerationRequest]:
     """
     try:
         _, stream_id, grant, request_id, messages, settings = item
-        model, max_tokens, temperature, top_p, stop, seed, schema, deadline_ms, priority = settings
+        model, max_tokens, temperature, top_p, stop, seed, schema, *rest = settings
+        deadline_ms, priority, prompt_token_ids, engine_options = rest
         request = GenerationRequest(
             request_id=request_id,
             messages=tuple(Message(*message) for message in messages),
@@ -198,6 +203,8 @@ def read_start(item: Item) -> tuple[int, Grant, GenerationRequest]:
             output_schema=schema,
             deadline_ms=deadline_ms,
             priority=priority,
+            prompt_token_ids=tuple(prompt_token_ids),
+            engine_options=engine_options,
         )
         return stream_id, Grant(*grant), request
     except (TypeError, ValueError) as error:
@@ -216,18 +223,14 @@ def read_error(code: str, message: str) -> ServeAppError:
 
 def answer_chunk(stream_id: int, chunk: Chunk) -> Item:
     """The item that carries a chunk."""
-    if chunk.finish_reason is None:
-        return [Answer.DELTA, stream_id, chunk.text, chunk.token_ids]
-    usage = chunk.usage or Usage()
-    counts = [usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens]
-    return [
-        Answer.END,
-        stream_id,
-        chunk.text,
-        chunk.token_ids,
-        chunk.finish_reason.value,
-        counts,
-    ]
+    item: Item = [Answer.DELTA, stream_id, chunk.text, chunk.token_ids]
+    if chunk.finish_reason is not None:
+        usage = chunk.usage or Usage()
+        counts = [usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens]
+        item = [Answer.END, *item[1:], chunk.finish_reason.value, counts]
+    if (details := chunk.details) is not None:
+        item.append([details.logprobs, details.prompt_logprobs, details.stop_reason])
+    return item
 
 
 class DeltaSlot:
@@ -236,11 +239,12 @@ class DeltaSlot:
     A lone chunk, the common case, passes through untouched; only further ones cost lists.
     """
 
-    __slots__ = ("_first", "_parts", "_tail", "_token_ids")
+    __slots__ = ("_details", "_first", "_parts", "_tail", "_token_ids")
 
     def __init__(self) -> None:
         self._first: Chunk | None = None
         self._tail: Chunk | None = None  # the newest merged chunk: its end and usage count
+        self._details: ChunkDetails | None = None  # of the merged chunks, the first one's included
         self._parts: list[str] = []
         self._token_ids: list[int] = []
 
@@ -254,6 +258,11 @@ class DeltaSlot:
         if self._first is None:
             self._first = chunk
             return
+        if self._tail is None:
+            self._details = self._first.details
+        if chunk.details is not None:
+            known = self._details
+            self._details = chunk.details if known is None else known + chunk.details
         self._tail = chunk
         self._parts.append(chunk.text)
         self._token_ids.extend(chunk.token_ids)
@@ -270,8 +279,10 @@ class DeltaSlot:
             first.token_ids + tuple(self._token_ids),
             tail.finish_reason,
             tail.usage,
+            self._details,
         )
         self._tail = None
+        self._details = None
         self._parts.clear()
         self._token_ids.clear()
         return merged
@@ -285,11 +296,32 @@ def read_chunk(item: Item) -> Chunk:
     """
     try:
         if item[0] == Answer.DELTA:
-            return Chunk(item[2], tuple(item[3]))
-        _, _, text, token_ids, finish_reason, counts = item
-        return Chunk(text, tuple(token_ids), FinishReason(finish_reason), Usage(*counts))
+            _, _, text, token_ids, *details = item
+            if not details:
+                return Chunk(text, tuple(token_ids))
+            return Chunk(text, tuple(token_ids), details=_read_details(*details))
+        _, _, text, token_ids, finish_reason, counts, *details = item
+        return Chunk(
+            text,
+            tuple(token_ids),
+            FinishReason(finish_reason),
+            Usage(*counts),
+            _read_details(*details) if details else None,
+        )
     except (TypeError, ValueError, IndexError) as error:
         raise WireError("an answer item has another layout") from error
+
+
+def _read_details(item: Item) -> ChunkDetails:
+    logprobs, prompt_logprobs, stop_reason = item
+    return ChunkDetails(_read_scores(logprobs), _read_scores(prompt_logprobs), stop_reason)
+
+
+def _read_scores(places: list[list[Item]]) -> tuple[tuple[TokenScore, ...], ...]:
+    return tuple(
+        tuple((int(id_), float(logprob), rank, text) for id_, logprob, rank, text in scores)
+        for scores in places
+    )
 
 
 def _error_types() -> dict[str, type[ServeAppError]]:

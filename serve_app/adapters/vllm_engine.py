@@ -211,7 +211,9 @@ class VllmEngine:
 
     async def _prepare(self, request: GenerationRequest) -> Any:
         self._prompts.check(request)
-        if chars_of(request) <= INLINE_CHARS_MAX and request.output_schema is None:
+        has_grammar = request.output_schema is not None
+        has_grammar = has_grammar or "structured_outputs" in request.engine_options
+        if chars_of(request) <= INLINE_CHARS_MAX and not has_grammar:
             return self._prompts.make(request, self._llm.get_tokenizer())
         if self._waiting_count >= WAITING_MAX:
             raise OverloadedError("too many long prompts are being prepared")

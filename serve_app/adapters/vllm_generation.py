@@ -6,12 +6,19 @@ does). Invariant: after the last `emit`, a chunk with `finish_reason` or an erro
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from serve_app.adapters.vllm_prompt import chars_of
 from serve_app.core.errors import ConnectionFailedError, InvalidPromptError, ServeAppError
-from serve_app.core.inference import Chunk, FinishReason, GenerationRequest, Usage
+from serve_app.core.inference import (
+    Chunk,
+    ChunkDetails,
+    FinishReason,
+    GenerationRequest,
+    TokenScore,
+    Usage,
+)
 
 CHARS_PER_TOKEN = 4  # an estimate for prompts that are not tokenised yet
 EXPECTED_TOKENS = 256  # of an answer whose caller sets no max_tokens
@@ -44,6 +51,7 @@ class Generation:
         self._prompt_token_count = 0
         self._cached_token_count = 0
         self._held_ids: list[int] = []  # of tokens whose text is not complete yet
+        self._held_details: ChunkDetails | None = None  # of the same tokens
 
     def enter(self, made: Any) -> None:
         """The engine takes the request from here on."""
@@ -60,6 +68,8 @@ class Generation:
         self._held_ids += completion.token_ids
         self.token_count += len(completion.token_ids)
         self._cached_token_count = output.num_cached_tokens or 0
+        if completion.logprobs or output.prompt_logprobs or completion.stop_reason is not None:
+            self._hold(_details(output))
         reason = completion.finish_reason
         if reason is not None:
             self._finish(reason, completion.text)
@@ -68,7 +78,7 @@ class Generation:
             # On the bill from the first chunk on: the caller may leave before the last.
             usage = None if self._has_sent else self._usage()
             self._has_sent = True
-            self._send(Chunk(completion.text, token_ids, usage=usage))
+            self._send(Chunk(completion.text, token_ids, None, usage, self._taken_details()))
 
     def end(self, error: ServeAppError) -> None:
         """End with an error; a generation that has ended stays as it is."""
@@ -76,7 +86,8 @@ class Generation:
 
     def end_as_stopped(self, text: str, token_ids: tuple[int, ...]) -> None:
         """End with the verdict, or as cancelled."""
-        chunk = Chunk(text, token_ids, FinishReason.CANCELLED, self._usage())
+        details = self._taken_details()
+        chunk = Chunk(text, token_ids, FinishReason.CANCELLED, self._usage(), details)
         self._last(self.verdict or chunk)
 
     def queued_tokens(self) -> int:
@@ -85,13 +96,14 @@ class Generation:
         rest = max(0, limit - self.token_count)
         if self.token_count:
             return rest
-        return rest + (self._prompt_token_count or chars_of(self.request) // CHARS_PER_TOKEN)
+        prompt_tokens = self._prompt_token_count or len(self.request.prompt_token_ids)
+        return rest + (prompt_tokens or chars_of(self.request) // CHARS_PER_TOKEN)
 
     def _finish(self, reason: str, text: str) -> None:
         token_ids = tuple(self._held_ids)
         if reason == "abort":
             self.end_as_stopped(text, token_ids)
-        elif reason == "error" and self.request.output_schema is not None:
+        elif reason == "error" and self._has_grammar():
             self.end(InvalidPromptError("the engine cannot compile the output schema"))
         elif reason == "error":
             self.end(ConnectionFailedError("the engine gave this request up"))
@@ -99,7 +111,19 @@ class Generation:
             # vLLM's third natural end, "repetition", is a stop that the engine chose.
             is_cut = reason == "length"
             known = FinishReason.LENGTH if is_cut else FinishReason.STOP
-            self._last(Chunk(text, token_ids, known, self._usage()))
+            self._last(Chunk(text, token_ids, known, self._usage(), self._taken_details()))
+
+    def _has_grammar(self) -> bool:
+        options = self.request.engine_options
+        return self.request.output_schema is not None or "structured_outputs" in options
+
+    def _hold(self, details: ChunkDetails) -> None:
+        held = self._held_details
+        self._held_details = details if held is None else held + details
+
+    def _taken_details(self) -> ChunkDetails | None:
+        details, self._held_details = self._held_details, None
+        return details
 
     def _usage(self) -> Usage:
         return Usage(self._prompt_token_count, self.token_count, self._cached_token_count)
@@ -119,3 +143,23 @@ class Generation:
         except Exception:
             # This runs inside vLLM's output handler: an error here would end every request.
             logger.exception("emit failed", extra={"request_id": self.request.request_id})
+
+
+def _details(output: Any) -> ChunkDetails:
+    completion = output.outputs[0]
+    return ChunkDetails(
+        _scores(completion.logprobs or ()),
+        _scores(output.prompt_logprobs or ()),
+        completion.stop_reason,
+    )
+
+
+def _scores(places: Iterable[Any]) -> tuple[tuple[TokenScore, ...], ...]:
+    """The mappings that vLLM keeps per token (None for a prompt's first), in its order."""
+    return tuple(
+        tuple(
+            (token_id, score.logprob, score.rank, score.decoded_token)
+            for token_id, score in (place or {}).items()
+        )
+        for place in places
+    )

@@ -8,6 +8,7 @@ its own.
 from collections.abc import Callable
 from typing import Any
 
+from serve_app.adapters.vllm_sampling import ENGINE_LEVEL, sampling_arguments
 from serve_app.core.errors import InvalidPromptError, ModelNotAvailableError
 from serve_app.core.inference import GenerationRequest
 
@@ -45,8 +46,10 @@ class PromptMaker:
             # Found out later, the number would break the message to the engine's process.
             if not -(2**63) <= number < 2**63:
                 raise InvalidPromptError(f"{name} must fit into 64 bits")
+        if len(request.prompt_token_ids) >= self.context_max:
+            raise InvalidPromptError(self._too_long(len(request.prompt_token_ids)))
         size = chars_of(request)
-        if size == 0:
+        if size == 0 and not request.prompt_token_ids:
             raise InvalidPromptError("the prompt is empty")
         # No token is longer than the longest of the vocabulary, so that a huge text is refused
         # without a second of tokenising (vLLM's own renderer does the same).
@@ -62,15 +65,13 @@ class PromptMaker:
         Raises:
             InvalidPromptError: the template, the limit, vLLM's checks or the grammar say no.
         """
-        token_ids = self._token_ids(request, tokenizer)
+        token_ids = list(request.prompt_token_ids) or self._token_ids(request, tokenizer)
         room = self.context_max - len(token_ids)
         if room < 1:
-            raise InvalidPromptError(
-                f"the prompt has {len(token_ids)} tokens; the model's limit is "
-                f"{self.context_max} tokens for prompt and answer together"
-            )
-        prompt = self._vllm.inputs.tokens_input(token_ids)
+            raise InvalidPromptError(self._too_long(len(token_ids)))
+        options = request.engine_options
         try:
+            prompt = self._vllm.inputs.tokens_input(token_ids, cache_salt=options.get("cache_salt"))
             made = self._inputs.process_inputs(
                 request.request_id,
                 prompt,
@@ -82,7 +83,16 @@ class PromptMaker:
         except (self._vllm.exceptions.VLLMClientError, ValueError, TypeError) as error:
             raise InvalidPromptError(f"the engine refuses the request: {error}") from error
         self._inputs.assign_request_id(made)
+        for name in ENGINE_LEVEL[1:]:
+            if name in options:
+                setattr(made, name, options[name])
         return made
+
+    def _too_long(self, token_count: int) -> str:
+        return (
+            f"the prompt has {token_count} tokens; the model's limit is {self.context_max} tokens "
+            "for prompt and answer together"
+        )
 
     def _token_ids(self, request: GenerationRequest, tokenizer: Any) -> list[int]:
         messages = [
@@ -100,14 +110,17 @@ class PromptMaker:
         return token_ids
 
     def _sampling(self, request: GenerationRequest, room: int) -> Any:
+        classes = self._vllm.sampling_params
+        further = sampling_arguments(request.engine_options, classes)
+        further.setdefault("structured_outputs", self._grammar(request))
         return self._vllm.SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
             max_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
             stop=list(request.stop),
             seed=request.seed,
-            structured_outputs=self._grammar(request),
-            output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
+            output_kind=classes.RequestOutputKind.DELTA,
+            **further,
         )
 
     def _grammar(self, request: GenerationRequest) -> Any:

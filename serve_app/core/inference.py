@@ -67,6 +67,10 @@ class GenerationRequest:
         output_schema: a JSON Schema that the whole answer must satisfy; None for free text.
         deadline_ms: Unix epoch; past it the engine aborts. None: no deadline.
         priority: lower runs first (vLLM's rule).
+        prompt_token_ids: the prompt as tokens of the model; then `messages` is empty.
+        engine_options: further sampling parameters under vLLM's names, and how the engine takes
+            the request (`cache_salt`, `reasoning_ended`, `reasoning_parser_kwargs`). An empty
+            mapping asks for nothing but text.
     """
 
     request_id: str
@@ -80,6 +84,34 @@ class GenerationRequest:
     output_schema: Mapping[str, JsonValue] | None = None
     deadline_ms: int | None = None
     priority: int = 0
+    prompt_token_ids: tuple[int, ...] = ()
+    engine_options: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+TokenScore: TypeAlias = "tuple[int, float, int | None, str | None]"  # id, log prob., rank, text
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDetails:
+    """What a chunk says beyond its text, to callers that asked for it.
+
+    Args:
+        logprobs: for each of the chunk's `token_ids` the tokens that were scored there, the
+            sampled one first; empty where nobody asked.
+        prompt_logprobs: likewise for each prompt token (the first has none), on the first chunk.
+        stop_reason: the stop string or the stop token that ended the answer, on the last chunk.
+    """
+
+    logprobs: tuple[tuple[TokenScore, ...], ...] = ()
+    prompt_logprobs: tuple[tuple[TokenScore, ...], ...] = ()
+    stop_reason: int | str | None = None
+
+    def __add__(self, later: "ChunkDetails") -> "ChunkDetails":
+        return ChunkDetails(
+            self.logprobs + later.logprobs,
+            self.prompt_logprobs + later.prompt_logprobs,
+            later.stop_reason,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +123,14 @@ class Chunk:
         token_ids: the ids behind the delta.
         finish_reason: set on the last chunk only.
         usage: so far; set on the first chunk and on the last.
+        details: log probabilities and the like; None, the common case, where there are none.
     """
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    details: ChunkDetails | None = None
 
 
 @dataclass(frozen=True, slots=True)

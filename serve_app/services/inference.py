@@ -75,4 +75,5 @@ class Inference:
 
 def _token_count(request: GenerationRequest) -> int:
     characters = sum(len(message.content) for message in request.messages)
-    return characters // _CHARACTERS_PER_TOKEN + (request.max_tokens or _COMPLETION_TOKENS_GUESS)
+    prompt_tokens = len(request.prompt_token_ids) or characters // _CHARACTERS_PER_TOKEN
+    return prompt_tokens + (request.max_tokens or _COMPLETION_TOKENS_GUESS)

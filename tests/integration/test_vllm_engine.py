@@ -27,7 +27,7 @@ from serve_app.core.errors import (
     ServeAppError,
 )
 from serve_app.core.inference import Chunk, FinishReason, GenerationRequest, Message
-from tests.support.tiny_model import make_tiny_model
+from tests.support.tiny_model import VOCABULARY_SIZE, make_tiny_model
 
 CONTEXT = 512
 SCHEMA = {
@@ -132,6 +132,68 @@ async def test_generates_with_usage_and_length(engine: VllmEngine) -> None:
     assert answer.text
     assert len(answer.chunks) > 1, "streamed, not collected"
     assert all(chunk.text for chunk in answer.chunks[:-1])
+
+
+async def test_prompt_of_tokens_gives_the_answer_of_its_text(engine: VllmEngine) -> None:
+    told = await complete(engine, request("text"))
+    ids = engine._llm.get_tokenizer().apply_chat_template(
+        [{"role": "user", "content": "tell me a tale"}],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    as_tokens = request("tokens", messages=(), prompt_token_ids=tuple(ids))
+    answer = await complete(engine, as_tokens)
+    assert answer.token_ids == told.token_ids
+    assert (await answer.ended()).usage.prompt_tokens == len(ids)  # type: ignore[union-attr]
+
+
+async def test_log_probabilities_come_with_every_token(engine: VllmEngine) -> None:
+    options = {"logprobs": 2, "prompt_logprobs": 1}
+    answer = await complete(engine, request("scores", engine_options=options))
+    details = [chunk.details for chunk in answer.chunks if chunk.details is not None]
+    scores = [at for one in details for at in one.logprobs]
+    assert [at[0][0] for at in scores] == answer.token_ids, "the sampled one first, in order"
+    assert all(len(at) >= 2 and at[0][1] <= 0 for at in scores)
+    for chunk in answer.chunks:
+        assert len(chunk.token_ids) == len(chunk.details.logprobs if chunk.details else ())
+    of_prompt = [at for one in details for at in one.prompt_logprobs]
+    last = await answer.ended()
+    assert last.usage is not None
+    assert len(of_prompt) == last.usage.prompt_tokens
+    assert of_prompt[0] == ()
+
+
+async def test_further_sampling_parameters_reach_the_engine(engine: VllmEngine) -> None:
+    plain = await complete(engine, request("plain"))
+    first = plain.token_ids[0]
+    banned = request("banned", engine_options={"logit_bias": {str(first): -100}})
+    assert (await complete(engine, banned)).token_ids[0] != first
+    stopped = await complete(engine, request("st", engine_options={"stop_token_ids": [first]}))
+    last = await stopped.ended()
+    assert last.finish_reason is FinishReason.STOP
+    assert last.details is not None
+    assert last.details.stop_reason == first
+    regex = {"structured_outputs": {"regex": "(yes|no)!"}}
+    assert (await complete(engine, request("rx", engine_options=regex))).text in {"yes!", "no!"}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("no token", {"prompt_token_ids": (VOCABULARY_SIZE,)}),
+        ("too many", {"prompt_token_ids": (1,) * CONTEXT}),
+        ("unknown", {"engine_options": {"best_of": 2}}),
+        ("too many scores", {"engine_options": {"logprobs": 1000}}),
+        ("not a regex", {"engine_options": {"structured_outputs": {"regex": "("}}}),
+        ("two grammars", {"engine_options": {"structured_outputs": {"regex": "a", "json": "{}"}}}),
+    ],
+)
+async def test_hostile_options_are_refused(
+    engine: VllmEngine, name: str, settings: dict[str, object]
+) -> None:
+    with pytest.raises(InvalidPromptError):
+        await complete(engine, request(name, **settings))
+    await complete(engine, request("still alive"))
 
 
 async def test_greedy_answers_repeat(engine: VllmEngine) -> None:

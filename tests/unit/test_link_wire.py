@@ -23,7 +23,15 @@ from serve_app.adapters.tcp_link_wire import (
     read_start,
 )
 from serve_app.core.errors import ErrorCode, InvalidRequestError, ServeAppError, StepFailedError
-from serve_app.core.inference import Chunk, FinishReason, GenerationRequest, Grant, Message, Usage
+from serve_app.core.inference import (
+    Chunk,
+    ChunkDetails,
+    FinishReason,
+    GenerationRequest,
+    Grant,
+    Message,
+    Usage,
+)
 
 GRANT = Grant("r1", "replica-1", "127.0.0.1", 4000, 99, "ab")
 FULL = GenerationRequest(
@@ -39,10 +47,22 @@ FULL = GenerationRequest(
     deadline_ms=123,
     priority=-1,
 )
+TOKENS = GenerationRequest(
+    request_id="r3",
+    messages=(),
+    prompt_token_ids=(0, 5, 2**31),
+    engine_options={"logprobs": 2, "logit_bias": {"7": -1.5}, "stop_token_ids": [3]},
+)
+scores = st.tuples(
+    st.integers(0, 2**32 - 1), st.floats(max_value=0), st.none() | st.integers(1, 9), st.text()
+)
+places = st.lists(st.lists(scores, max_size=2).map(tuple), max_size=2).map(tuple)
+details = st.builds(ChunkDetails, logprobs=places, prompt_logprobs=places)
 chunks = st.builds(
     Chunk,
     text=st.text(max_size=5),
     token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=3).map(tuple),
+    details=st.none() | details,
 )
 
 
@@ -82,7 +102,9 @@ def test_frame_that_holds_no_list_is_refused(body: bytes) -> None:
         list(FrameReader(9999).feed(len(body).to_bytes(4, "big") + body))
 
 
-@pytest.mark.parametrize("request_", [FULL, GenerationRequest("r2", (Message("user", "x"),))])
+@pytest.mark.parametrize(
+    "request_", [FULL, GenerationRequest("r2", (Message("user", "x"),)), TOKENS]
+)
 def test_start_comes_back_as_it_went(request_: GenerationRequest) -> None:
     item = msgpack.unpackb(pack_item(call_start(7, GRANT, request_)))
     assert read_start(item) == (7, GRANT, request_)
@@ -114,6 +136,8 @@ def test_start_of_another_layout_is_refused(item: list[object]) -> None:
         Chunk("", ()),
         Chunk("z", (4, 5), FinishReason.STOP, Usage(3, 2, 1)),
         Chunk("", (), FinishReason.CANCELLED, Usage()),
+        Chunk("a", (1,), details=ChunkDetails((((1, -0.5, 1, "a"), (2, -1.0, 2, None)),))),
+        Chunk("", (), FinishReason.STOP, Usage(), ChunkDetails((), ((), ((1, 0.0, 1, "x"),)), "z")),
     ],
 )
 def test_chunk_comes_back_as_it_went(chunk: Chunk) -> None:
@@ -121,7 +145,8 @@ def test_chunk_comes_back_as_it_went(chunk: Chunk) -> None:
 
 
 @pytest.mark.parametrize(
-    "item", [[0], [0, 1, "a"], [1, 1, "a", []], [1, 1, "a", [], "odd", [0, 0, 0]]]
+    "item",
+    [[0], [0, 1, "a"], [1, 1, "a", []], [1, 1, "a", [], "odd", [0, 0, 0]], [0, 1, "a", [], [1]]],
 )
 def test_answer_of_another_layout_is_refused(item: list[object]) -> None:
     with pytest.raises(WireError):
@@ -139,6 +164,13 @@ def test_merging_loses_and_reorders_nothing(parts: list[Chunk], has_end: bool) -
     assert merged.text == "".join(part.text for part in parts)
     assert merged.token_ids == tuple(token for part in parts for token in part.token_ids)
     assert (merged.finish_reason, merged.usage) == (parts[-1].finish_reason, parts[-1].usage)
+    told = [part.details for part in parts if part.details is not None]
+    assert (merged.details is None) == (not told)
+    if merged.details is not None:
+        assert merged.details.logprobs == tuple(at for one in told for at in one.logprobs)
+        assert merged.details.prompt_logprobs == tuple(
+            at for one in told for at in one.prompt_logprobs
+        )
     assert slot.is_empty
 
 
