@@ -73,6 +73,47 @@ class Entropy(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """One request to somebody else's server.
+
+    Args:
+        timeout_s: for all of it, from the name look-up to the last byte read.
+        answer_bytes_max: of the answer's body; the rest is not read.
+    """
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    body: bytes
+    timeout_s: float
+    answer_bytes_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """An answer of whatever status; header names in lower case, the first of a name counts."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    is_cut: bool
+
+
+class HttpClient(Protocol):
+    """Requests that leave the cluster, all of them under `core.egress`."""
+
+    async def request(self, request: HttpRequest) -> HttpAnswer:
+        """Send once: no redirect is followed, no proxy of the environment used, nothing retried.
+
+        Raises:
+            EgressRefusedError: the URL, or every address its host has now, is refused.
+            DeadlineExceededError: the answer was not complete in time.
+            ExchangeFailedError: no connection, bad TLS, or a broken answer.
+        """
+        ...
+
+
 class InferenceEngine(Protocol):
     """One model engine inside a replica. All methods run on the replica's event loop."""
 

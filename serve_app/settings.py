@@ -13,6 +13,8 @@ import yaml
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from serve_app.core.egress import parse_networks
+
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 KEY_LENGTH_MIN = 16
 KEY_LENGTH_MAX = 128
@@ -60,6 +62,11 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins a browser may call from, comma-separated."
+    )
+    egress_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Networks that webhooks, HTTP steps and file fetches may reach although they "
+        "are private, comma-separated, such as `127.0.0.1/32`.",
     )
     workflows_dir: Path | None = Field(
         None, description="A directory of your own definitions (*.yaml), read at start."
@@ -129,7 +136,13 @@ class Settings(BaseSettings):
             raise ValueError("INFERPIPE_API_KEY takes 16 to 128 printable characters")
         return key
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("egress_allow")
+    @classmethod
+    def _are_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        parse_networks(networks)
+        return networks
+
+    @field_validator("cors_origins", "egress_allow", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

@@ -39,6 +39,8 @@ class ErrorCode(StrEnum):
     NO_HOSTS_AVAILABLE = "NO_HOSTS_AVAILABLE"
     INVALID_PROMPT = "INVALID_PROMPT"
     CONNECTION_FAILED = "CONNECTION_FAILED"
+    EGRESS_REFUSED = "EGRESS_REFUSED"
+    EXCHANGE_FAILED = "EXCHANGE_FAILED"
     STEP_FAILED = "STEP_FAILED"
     TIMEOUT = "TIMEOUT"
     CANCELLED = "CANCELLED"
@@ -202,6 +204,18 @@ class ConnectionFailedError(ServeAppError):
     """The link to a replica broke, or the replica died, with the request on it."""
 
     code = ErrorCode.CONNECTION_FAILED
+
+
+class EgressRefusedError(ServeAppError):
+    """A URL leads where requests of ours may not go."""
+
+    code = ErrorCode.EGRESS_REFUSED
+
+
+class ExchangeFailedError(ServeAppError):
+    """Somebody else's server could not be reached, or gave no complete answer."""
+
+    code = ErrorCode.EXCHANGE_FAILED
 
 
 class StepFailedError(ServeAppError):
