@@ -56,7 +56,7 @@ def compose(
         catalog=catalog,
         keys=keys,
         idempotency=RedisIdempotency(stores.calls),
-        authenticator=Authenticator(keys, settings.workspace_id, is_dev=settings.dev),
+        authenticator=Authenticator(keys, clock, settings),
         inference=inference,
         health=Health(stores.store, registry, clock, has_models=settings.model_replicas > 0),
         clock=clock,

@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     body_max_bytes: int = Field(10 << 20, ge=1024, description="Largest request body.")
     json_depth_max: int = Field(64, ge=4, le=512, description="Deepest nesting of a JSON body.")
     keep_alive_s: float = Field(10.0, gt=0, le=15, description="Silence on a stream at most.")
+    stream_token_ttl_max_s: int = Field(
+        3600, ge=1, le=86400, description="Longest life of a stream token."
+    )
     requests_max: int = Field(
         4096, ge=1, description="Requests and open streams in one ingress replica."
     )

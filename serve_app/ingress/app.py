@@ -76,7 +76,13 @@ class _HttpError(ServeAppError):
 
 def create_app(services: Services) -> FastAPI:
     """The application over ready services."""
-    from serve_app.ingress.routes import executions, health, keys, workflows  # noqa: PLC0415 - routes import Services
+    from serve_app.ingress.routes import (  # noqa: PLC0415 - routes import Services
+        executions,
+        health,
+        keys,
+        stream_tokens,
+        workflows,
+    )
 
     app = FastAPI(
         title="inferpipe",
@@ -85,10 +91,14 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    app.include_router(executions.router)
-    app.include_router(workflows.router)
-    app.include_router(keys.router)
-    app.include_router(health.router)
+    for routes in (
+        executions,
+        workflows,
+        keys,
+        stream_tokens,
+        health,
+    ):
+        app.include_router(routes.router)
     app.add_exception_handler(ServeAppError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     if services.settings.cors_origins:

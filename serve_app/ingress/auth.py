@@ -1,39 +1,42 @@
 """From a request to the principal behind it.
 
-Owns the two headers a key may come in, the workspace header, and the keyless rule of local
-development. Invariant: a wrong key is 401 even where no key at all would do.
+Owns the two headers a key may come in, the query member of a stream token, the workspace header,
+and the keyless rule of local development. Invariant: a wrong key is 401 even where no key at all
+would do.
 """
 
 from urllib.parse import urlsplit
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 
 from serve_app.core.auth import Principal, Scope
 from serve_app.core.errors import ForbiddenError, UnauthorizedError
-from serve_app.ports import KeyRing
-from serve_app.settings import LOOPBACK_HOSTS
+from serve_app.core.stream_tokens import unseal
+from serve_app.ports import Clock, KeyRing
+from serve_app.settings import LOOPBACK_HOSTS, Settings
 
 
 class Authenticator:
-    """Keys of the ring, and nobody else but a developer on this machine."""
+    """Keys of the ring, stream tokens, and nobody else but a developer on this machine."""
 
-    def __init__(self, keys: KeyRing, default_workspace: str, *, is_dev: bool) -> None:
+    def __init__(self, keys: KeyRing, clock: Clock, settings: Settings) -> None:
         self._keys = keys
-        self._developer = Principal(default_workspace, Scope.EXECUTE, "dev")
-        self._is_dev = is_dev
+        self._clock = clock
+        self._secret = settings.cluster_secret.get_secret_value().encode()
+        self._developer = Principal(settings.workspace_id, Scope.EXECUTE, "dev")
+        self._is_dev = settings.dev
 
-    async def principal(self, request: Request, scope: Scope) -> Principal:
-        """Who asks.
+    async def principal(self, request: HTTPConnection, scope: Scope) -> Principal:
+        """Who asks, by a request or a socket's handshake: a key wins over a token.
 
         Raises:
             UnauthorizedError: no key, or one that is not known.
             ForbiddenError: the key lacks the scope, or belongs to another workspace.
         """
-        key = _key(request)
-        if key:
-            found = await self._keys.find(key)
-            if found is None:
-                raise UnauthorizedError("this API key is not known")
+        if key := _key(request):
+            found = await self.of_key(key)
+        elif token := request.query_params.get("token"):
+            found = self.of_token(token, request.scope["path"])
         elif self._is_dev and _is_local(request):
             found = self._developer
         else:
@@ -45,15 +48,37 @@ class Authenticator:
             raise ForbiddenError(f"this key has the scope {found.scope}; {scope} is needed")
         return found
 
+    async def of_key(self, key: str) -> Principal:
+        """Whose key this is, for surfaces where it comes in a message.
 
-def _key(request: Request) -> str:
+        Raises:
+            UnauthorizedError: it is not known, or has expired.
+        """
+        found = await self._keys.find(key)
+        if found is None:
+            raise UnauthorizedError("this API key is not known")
+        return found
+
+    def of_token(self, token: str, path: str) -> Principal:
+        """Whom a stream token stands for, on the path it is used on.
+
+        Raises:
+            UnauthorizedError: it is none, has run out, or is for another path.
+        """
+        found = unseal(self._secret, token, path, self._clock.now_ms())
+        if found is None:
+            raise UnauthorizedError("this stream token has run out, or is not for this path")
+        return found
+
+
+def _key(request: HTTPConnection) -> str:
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and credentials:
         return credentials.strip()
     return request.headers.get("x-api-key", "")
 
 
-def _is_local(request: Request) -> bool:
+def _is_local(request: HTTPConnection) -> bool:
     """A loopback Host and no foreign Origin: a page of another site cannot speak for the user."""
     if _host(f"//{request.headers.get('host', '')}") not in LOOPBACK_HOSTS:
         return False

@@ -15,6 +15,7 @@ from serve_app.core.errors import (
     MalformedJsonError,
     Problem,
 )
+from serve_app.settings import Settings
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -36,6 +37,15 @@ async def read_body(request: Request, size_max: int) -> bytes:
             raise BodyTooLargeError(f"the body is larger than {size_max} bytes")
         parts.append(part)
     return b"".join(parts)
+
+
+async def read_json(request: Request, settings: Settings, size_max: int | None = None) -> object:
+    """The value of a JSON body, within the settings' bounds or `size_max` bytes.
+
+    Raises as the two functions beside it.
+    """
+    body = await read_body(request, size_max or settings.body_max_bytes)
+    return parse_json(body, settings.json_depth_max)
 
 
 def parse_json(body: bytes, depth_max: int) -> object:

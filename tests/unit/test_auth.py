@@ -6,16 +6,25 @@ import pytest
 from starlette.requests import Request
 
 from serve_app.core.auth import Principal, Scope, key_digest
-from serve_app.core.errors import ForbiddenError, UnauthorizedError
+from serve_app.core.errors import ForbiddenError, InvalidRequestError, UnauthorizedError
+from serve_app.core.stream_tokens import scope_of_resource, seal, unseal
 from serve_app.ingress.auth import Authenticator
+from serve_app.settings import Settings
+from tests.support.virtual_time import EPOCH_MS
 
 KEYS = {
     "reader-key-00000": Principal("w1", Scope.READ, "k1"),
     "runner-key-00000": Principal("w1", Scope.EXECUTE, "k2"),
     "boss-key-0000000": Principal("w1", Scope.ADMIN, "k3"),
 }
+SECRET = b"secret of the tests"
 DEVELOPER = Principal("default", Scope.EXECUTE, "dev")
 LOCAL = {"host": "127.0.0.1:8000"}
+
+
+class FixedClock:
+    def now_ms(self) -> int:
+        return EPOCH_MS
 
 
 class Keys:
@@ -23,16 +32,19 @@ class Keys:
         return KEYS.get(key)
 
 
-def a_request(headers: dict[str, str]) -> Request:
+def a_request(headers: dict[str, str], url: str = "/") -> Request:
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    return Request({"type": "http", "headers": raw})
+    path, _, query = url.partition("?")
+    scope = {"type": "http", "path": path, "query_string": query.encode(), "headers": raw}
+    return Request(scope)
 
 
 async def who(
-    headers: dict[str, str], scope: Scope = Scope.READ, *, is_dev: bool = False
+    headers: dict[str, str], scope: Scope = Scope.READ, *, is_dev: bool = False, url: str = "/"
 ) -> Principal:
-    authenticator = Authenticator(Keys(), "default", is_dev=is_dev)
-    return await authenticator.principal(a_request(headers), scope)
+    settings = Settings(dev=is_dev, cluster_secret=SECRET.decode())
+    authenticator = Authenticator(Keys(), FixedClock(), settings)
+    return await authenticator.principal(a_request(headers, url), scope)
 
 
 @pytest.mark.parametrize(("held", "asked"), list(product(Scope, Scope)))
@@ -139,3 +151,85 @@ async def test_a_developer_is_no_administrator() -> None:
         await who(LOCAL, Scope.ADMIN, is_dev=True)
     with pytest.raises(ForbiddenError, match="workspace"):
         await who({**LOCAL, "X-Workspace-Id": "other"}, is_dev=True)
+
+
+STREAM = "/v1/executions/exe_1/stream"
+READER = Principal("w1", Scope.READ, "k1")
+
+
+def a_token(resource: str = STREAM, *, ttl_ms: int = 1, secret: bytes = SECRET) -> str:
+    return seal(secret, READER, resource, EPOCH_MS + ttl_ms)
+
+
+async def test_a_stream_token_opens_its_path_and_no_other() -> None:
+    token = a_token()
+    assert await who({}, url=f"{STREAM}?token={token}") == READER
+    for path in ("/v1/executions/exe_2/stream", f"{STREAM}/", "/v1/executions/exe_1", "/"):
+        with pytest.raises(UnauthorizedError, match="not for this path"):
+            await who({}, url=f"{path}?token={token}")
+
+
+async def test_a_stream_token_reads_only() -> None:
+    with pytest.raises(ForbiddenError, match="execute is needed"):
+        await who({}, Scope.EXECUTE, url=f"{STREAM}?token={a_token()}")
+    with pytest.raises(ForbiddenError, match="workspace"):
+        await who({"X-Workspace-Id": "w2"}, url=f"{STREAM}?token={a_token()}")
+
+
+async def test_a_key_wins_over_a_token_and_a_wrong_token_over_development() -> None:
+    url = f"{STREAM}?token={a_token()}"
+    assert (await who({"X-API-Key": "boss-key-0000000"}, url=url)).scope is Scope.ADMIN
+    with pytest.raises(UnauthorizedError):
+        await who({"X-API-Key": "wrong"}, url=url)
+    with pytest.raises(UnauthorizedError):
+        await who(LOCAL, is_dev=True, url=f"{STREAM}?token=wrong")
+
+
+def test_a_token_ends_with_its_time() -> None:
+    token = a_token(ttl_ms=10)
+    assert unseal(SECRET, token, STREAM, EPOCH_MS + 9) == READER
+    assert unseal(SECRET, token, STREAM, EPOCH_MS + 10) is None
+
+
+def test_a_token_of_an_escaped_path_opens_that_path() -> None:
+    token = a_token("/stream/user/an%20id%2Fx")
+    assert unseal(SECRET, token, "/stream/user/an id/x", EPOCH_MS) == READER
+
+
+@pytest.mark.parametrize("at", range(0, 120, 7))
+def test_a_changed_token_is_none(at: int) -> None:
+    token = a_token()
+    changed = token[:at] + ("A" if token[at] != "A" else "B") + token[at + 1 :]
+    assert unseal(SECRET, changed, STREAM, EPOCH_MS) is None
+
+
+@pytest.mark.parametrize("text", ["", ".", "a", "a.b", "\u00e9.\udc80", "a.b.c", "." * 9])
+def test_hostile_text_is_no_token(text: str) -> None:
+    assert unseal(SECRET, text, STREAM, EPOCH_MS) is None
+    assert unseal(SECRET, a_token(secret=b"another cluster"), STREAM, EPOCH_MS) is None
+
+
+@pytest.mark.parametrize(
+    ("resource", "scope"),
+    [
+        ("/v1/executions/exe_1/stream", Scope.READ),
+        ("/stream/workflow/w", Scope.READ),
+        ("/stream/file/f", Scope.READ),
+        ("/stream/user/u1", Scope.READ),
+        ("/tasks/t/stream", Scope.READ),
+        ("/v1/ws", Scope.EXECUTE),
+        ("/hosts/h/v1/ws", Scope.EXECUTE),
+        ("/v1/executions", None),
+        ("/v1/keys", None),
+        ("/stream/publish/workflow/w", None),
+        ("/v1/executions/a/../b/stream", None),
+        ("/v1/ws?x=1", None),
+        ("", None),
+    ],
+)
+def test_tokens_are_for_streams(resource: str, scope: Scope | None) -> None:
+    if scope is None:
+        with pytest.raises(InvalidRequestError, match="no stream tokens"):
+            scope_of_resource(resource)
+    else:
+        assert scope_of_resource(resource) is scope

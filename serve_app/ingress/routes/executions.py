@@ -36,7 +36,7 @@ from serve_app.core.execution import Execution, Status
 from serve_app.core.retry import Backoff, RetryPolicy
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
-from serve_app.ingress.bodies import parse_json, read_body, validate
+from serve_app.ingress.bodies import read_json, validate
 from serve_app.ingress.idempotency import body_hash, idempotency_key
 from serve_app.ingress.views import (
     KEEP_ALIVE,
@@ -229,9 +229,7 @@ async def retry_execution(request: Request, execution_id: str) -> Response:
 
 async def _submission(request: Request, services: Services) -> Submission:
     principal = await services.authenticator.principal(request, Scope.EXECUTE)
-    settings = services.settings
-    body = await read_body(request, settings.body_max_bytes)
-    value = parse_json(body, settings.json_depth_max)
+    value = await read_json(request, services.settings)
     wish = validate(ExecuteRequest, value)
     if wish.cache is not None:
         raise InvalidRequestError(

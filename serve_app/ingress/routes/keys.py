@@ -25,7 +25,7 @@ from serve_app.core.errors import (
 )
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
-from serve_app.ingress.bodies import parse_json, read_body, validate
+from serve_app.ingress.bodies import read_json, validate
 from serve_app.ingress.idempotency import answer_once
 from serve_app.ingress.views import timestamp
 
@@ -41,7 +41,7 @@ async def create_key(request: Request) -> Response:
     """In the caller's own workspace; the key is shown here and never again."""
     services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.ADMIN)
-    body = await _body(request, services)
+    body = await read_json(request, services.settings, BODY_BYTES_MAX)
     wish = validate(KeyRequest, body)
 
     async def make() -> dict[str, object]:
@@ -89,7 +89,7 @@ async def create_workspace(request: Request) -> Response:
     services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.ADMIN)
     _check_operator(services, principal)
-    body = await _body(request, services)
+    body = await read_json(request, services.settings, BODY_BYTES_MAX)
     wish = validate(WorkspaceRequest, body)
 
     async def make() -> dict[str, object]:
@@ -116,10 +116,6 @@ async def list_workspaces(request: Request) -> Response:
         for workspace, (name, at_ms) in found.items()
     ]
     return json_response({"items": items, "nextCursor": None})
-
-
-async def _body(request: Request, services: Services) -> object:
-    return parse_json(await read_body(request, BODY_BYTES_MAX), services.settings.json_depth_max)
 
 
 def _check_operator(services: Services, principal: Principal) -> None:
