@@ -236,15 +236,23 @@ class RedisStore:
         """See `ports.WorkerStore`.
 
         Applied first, dropped after: a crash between the two sends it again, and the target
-        drops the copy by its message id.
+        drops the copy by its message id. The sends of one call travel in one batch, in order; one
+        that fails stays, and holds up no other.
         """
         outbox = f"{partition_key(partition)}:outbox"
         rows = await self._calls.call("XRANGE", outbox, "-", "+", "COUNT", limit)
-        for entry_id, members in rows:
-            partition_text, _, log = members[b"t"].decode().partition(":")
-            message_id = members[b"m"].decode()
-            await self.send(Outgoing(message_id, int(partition_text), log, members[b"b"]))
-            await self._calls.call("XDEL", outbox, entry_id)
+        sends = (self.send(_outgoing(members)) for _, members in rows)
+        outcomes = await asyncio.gather(*sends, return_exceptions=True)
+        failures = [one for one in outcomes if isinstance(one, BaseException)]
+        sent = [
+            entry_id
+            for (entry_id, _), outcome in zip(rows, outcomes, strict=True)
+            if isinstance(outcome, bool)
+        ]
+        if sent:
+            await self._calls.call("XDEL", outbox, *sent)
+        if failures:
+            raise failures[0]
         return len(rows)
 
     def _key(self, execution_id: str) -> str:
@@ -272,6 +280,11 @@ def _matches(execution: Execution | None, wanted: ListQuery) -> TypeGuard[Execut
         and wanted.status in (None, execution.status)
         and wanted.workflow_id in (None, execution.created.workflow_id)
     )
+
+
+def _outgoing(members: Mapping[bytes, bytes]) -> Outgoing:
+    partition_text, _, log = members[b"t"].decode().partition(":")
+    return Outgoing(members[b"m"].decode(), int(partition_text), log, members[b"b"])
 
 
 def _stored(rows: Iterable[Any]) -> tuple[StoredEvent, ...]:

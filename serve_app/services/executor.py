@@ -27,7 +27,7 @@ from serve_app.services.runner import Driver, Runtime
 
 logger = logging.getLogger(__name__)
 
-RELAY_BATCH = 256
+RELAY_BATCH = 64  # messages of up to half a MiB each, in memory at once
 CLAIM_MAX = 64
 SWEEP_S = 1.0  # a cancel whose bell was lost waits so long; it must end within 2 s
 MISSED_MAX = 1000  # events read for one execution in one sweep
@@ -84,6 +84,7 @@ class Executor:
         self._next_beat_ms = dict.fromkeys(self._partitions, 0)
         self._mismatched: set[int] = set()
         self._is_claiming: set[int] = set()
+        self._relaying: dict[int, bool] = {}  # under way -> asked for again meanwhile
         self._peers_changed = asyncio.Event()
         self._timer_set = asyncio.Event()
 
@@ -200,7 +201,7 @@ class Executor:
         if beat.ready_depth:
             self._claim_soon(partition, group)
         if beat.outbox_length:
-            group.create_task(self._relay(partition))
+            self._relay_soon(partition, group)
         self._check_owned(partition, beat.owned_count, group)
         peers = frozenset(beat.workers) - {self.worker_id}
         if partition == 0 and peers != self.peers:
@@ -248,12 +249,25 @@ class Executor:
         if execution is not None:
             self._adopt(Owned(token, execution), group)
 
+    def _relay_soon(self, partition: int, group: asyncio.TaskGroup) -> None:
+        """Empty the partition's outbox: one relay at a time, and again for what came meanwhile."""
+        if partition in self._relaying:
+            self._relaying[partition] = True
+        else:
+            self._relaying[partition] = False
+            group.create_task(self._relay(partition))
+
     async def _relay(self, partition: int) -> None:
         try:
-            while await self._runtime.store.relay(partition, RELAY_BATCH) == RELAY_BATCH:
-                pass
-        except StoreUnavailableError:
+            is_more = True
+            while is_more:
+                self._relaying[partition] = False
+                relayed = await self._runtime.store.relay(partition, RELAY_BATCH)
+                is_more = relayed == RELAY_BATCH or self._relaying[partition]
+        except Exception:  # one message's fault must not stop the worker; the next beat tries again
             logger.exception("relay failed", extra={"worker_id": self.worker_id})
+        finally:
+            del self._relaying[partition]
 
     def _adopt_all(self, owned: Sequence[Owned], group: asyncio.TaskGroup) -> None:
         for one in owned:
@@ -281,7 +295,9 @@ class Executor:
             workflow = await self._catalog.version(
                 created.workspace, created.workflow_id, created.workflow_version
             )
-            held.driver = Driver(owned, workflow, self._runtime)
+            held.driver = Driver(
+                owned, workflow, self._runtime, lambda: self._relay_soon(held.partition, group)
+            )
             await held.driver.drive()
         except ServeAppError:
             logger.exception("cannot drive", extra={"execution_id": execution_id})

@@ -8,7 +8,7 @@ are folded and the same facts are decided again.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from serve_app.core.decisions import (
@@ -38,6 +38,7 @@ from serve_app.core.journal import (
     CommitAnswer,
     Committed,
     Conflict,
+    Outgoing,
     Owned,
     Stale,
     StoredEvent,
@@ -54,15 +55,30 @@ BROKEN = "internal error in the step"  # all that a caller is told of a bug; the
 RUNNABLE_AGAIN = frozenset({ErrorCode.INTERNAL, ErrorCode.OVERLOADED, ErrorCode.STEP_FAILED})
 
 
+OnEnd = Callable[[Execution], Awaitable[Sequence[Outgoing]]]
+
+
+async def tell_nobody(execution: Execution) -> Sequence[Outgoing]:  # noqa: ARG001 - an `OnEnd`
+    """Nothing leaves with the end of an execution."""
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What all executions of a worker share."""
+    """What all executions of a worker share.
+
+    Args:
+        on_end: what leaves with the commit that ends an execution; it may be asked again about
+            the same end, and must then answer the same message ids. What it raises for a store
+            out of reach is tried again; nothing ends without its messages.
+    """
 
     store: WorkerStore
     step_types: Mapping[str, StepType]
     expressions: Expressions
     clock: Clock
     entropy: Entropy
+    on_end: OnEnd = tell_nobody
 
 
 @dataclass(slots=True)
@@ -89,12 +105,22 @@ class _StepTask:
 
 
 class Driver:
-    """One execution under one owner token."""
+    """One execution under one owner token.
 
-    def __init__(self, owned: Owned, workflow: Workflow, runtime: Runtime) -> None:
+    `on_outgoing` is called when a commit has left messages in the partition's outbox.
+    """
+
+    def __init__(
+        self,
+        owned: Owned,
+        workflow: Workflow,
+        runtime: Runtime,
+        on_outgoing: Callable[[], None] = lambda: None,
+    ) -> None:
         self.execution = owned.execution
         self.token = owned.token
         self.ready_depth = 0
+        self._on_outgoing = on_outgoing
         self._workflow = workflow
         self._runtime = runtime
         self._facts: list[Fact] = []
@@ -175,6 +201,9 @@ class Driver:
 
     async def _commit(self, plan: _Plan) -> bool:
         """Append a plan; False when it lost a race and must be decided again."""
+        # Facts that arrive while the commit is under way belong to the next one.
+        sealed = self._facts
+        self._facts = []
         self._commit_count += 1
         commit = Commit(
             commit_id=f"{self.token}.{self._commit_count}",
@@ -182,12 +211,12 @@ class Driver:
             before=plan.before,
             after=plan.after,
             events=tuple(plan.events),
+            outgoing=await self._outgoing(plan.after),
         )
-        # Facts that arrive while the commit is under way belong to the next one.
-        sealed = self._facts
-        self._facts = []
         match await self._answer(commit):
             case Committed(ready_depth=ready_depth):
+                if commit.outgoing:
+                    self._on_outgoing()
                 self.execution = plan.after
                 self.ready_depth = ready_depth
                 self._is_taken_over = False
@@ -201,6 +230,16 @@ class Driver:
                 return is_ours
             case Stale():
                 raise StaleLeaseError(f"{self.token} does not own {self.execution.id} any more")
+
+    async def _outgoing(self, after: Execution) -> tuple[Outgoing, ...]:
+        """What leaves with this commit; asked until it is known."""
+        while after.is_terminal:
+            try:
+                return tuple(await self._runtime.on_end(after))
+            except (StoreUnavailableError, OverloadedError):
+                logger.exception("end not told yet", extra={"execution_id": after.id})
+                await self._runtime.clock.sleep(STORE_RETRY_S)
+        return ()
 
     async def _answer(self, commit: Commit) -> CommitAnswer:
         """Send one commit until it is answered.

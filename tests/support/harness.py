@@ -20,7 +20,7 @@ from serve_app.ports import StepType
 from serve_app.services.executions import Executions
 from serve_app.services.executor import Executor, WorkerLimits
 from serve_app.services.feeds import Feeds
-from serve_app.services.runner import Runtime
+from serve_app.services.runner import OnEnd, Runtime, tell_nobody
 from serve_app.steps.echo import ECHO
 from serve_app.steps.transform import TRANSFORM
 
@@ -53,6 +53,7 @@ class Harness:
         default_factory=lambda: WorkerLimits(lease_ttl_ms=1500, heartbeat_ms=200)
     )
     backlog_max: int = 1000
+    on_end: OnEnd = tell_nobody
 
     def __post_init__(self) -> None:
         self.clock, self.entropy = SystemClock(), SystemEntropy()
@@ -60,6 +61,7 @@ class Harness:
         self.step_types = {"echo": ECHO, "transform": TRANSFORM, **self.step_types}
         self.catalog = StaticCatalog({str(d["id"]): self.parse(d) for d in self.definitions})
         self.clients: list[Redis[bytes]] = []
+        self.calls: list[RedisCalls] = []
         self.executors: dict[str, tuple[Executor, asyncio.Task[None]]] = {}
 
     def parse(self, definition: object) -> Workflow:
@@ -77,11 +79,14 @@ class Harness:
             calls, partition_count=PARTITIONS, backlog_max=self.backlog_max, retention_ms=600_000
         )
         self.clients.append(client)
+        self.calls.append(calls)
         return client, store
 
     async def start_executor(self, name: str) -> Executor:
         client, store = self.connect()
-        runtime = Runtime(store, self.step_types, self.expressions, self.clock, self.entropy)
+        runtime = Runtime(
+            store, self.step_types, self.expressions, self.clock, self.entropy, self.on_end
+        )
         bells = RedisBells(client, worker_channels(name, PARTITIONS), self.clock)
         executor = Executor(name, runtime, bells, self.catalog, self.limits)
         self.executors[name] = (executor, asyncio.ensure_future(executor.run()))
@@ -119,5 +124,7 @@ class Harness:
     async def close(self) -> None:
         for name in list(self.executors):
             await self.stop_executor(name)
+        for calls in self.calls:
+            await calls.close()
         for client in self.clients:
             await client.aclose()

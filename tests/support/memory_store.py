@@ -21,6 +21,7 @@ from serve_app.core.journal import (
     Committed,
     Conflict,
     Notice,
+    Outgoing,
     Owned,
     Stale,
     StoredEvent,
@@ -45,6 +46,7 @@ class MemoryStore:
         self.owners: dict[str, str] = {}
         self.watched: list[tuple[str, str]] = []
         self.reads: list[tuple[str, int]] = []
+        self.outbox: list[Outgoing] = []
         self.before: deque[Hook] = deque()
         self.after: deque[Hook] = deque()
         self.is_down: Exception | None = None
@@ -121,6 +123,7 @@ class MemoryStore:
         if is_fenced:
             return Stale()
         self.append(execution_id, *commit.events, commit_id=commit.commit_id)
+        self.outbox += commit.outgoing
         assert self.states[execution_id] == commit.after, "the snapshot is the fold of the journal"
         is_let_go = commit.after.is_terminal or commit.after.status is Status.WAITING
         if commit.token is not None and is_let_go:
