@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from inferpipe._calls import ExecuteOptions, HttpOptions
+    from inferpipe._config import ExecuteOptions, HttpOptions
     from inferpipe._stream import StreamChunk, StreamEvent
-    from inferpipe.client import AsyncExecutionStream, AsyncInferPipe, ExecutionStream, InferPipe
+    from inferpipe.client import AsyncInferPipe, InferPipe
     from inferpipe.errors import (
         ApiStatusError,
         AuthenticationError,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         RateLimitedError,
         UnprocessableError,
     )
+    from inferpipe.streams import AsyncExecutionStream, ExecutionStream
     from inferpipe.wire import (
         ExecutionInfo,
         ExecutionRecord,
@@ -73,12 +74,10 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("ExecuteOptions", "HttpOptions"), "inferpipe._calls"),
+    **dict.fromkeys(("ExecuteOptions", "HttpOptions"), "inferpipe._config"),
     **dict.fromkeys(("StreamChunk", "StreamEvent"), "inferpipe._stream"),
-    **dict.fromkeys(
-        ("AsyncExecutionStream", "AsyncInferPipe", "ExecutionStream", "InferPipe"),
-        "inferpipe.client",
-    ),
+    **dict.fromkeys(("AsyncInferPipe", "InferPipe"), "inferpipe.client"),
+    **dict.fromkeys(("AsyncExecutionStream", "ExecutionStream"), "inferpipe.streams"),
     **dict.fromkeys(
         (
             "ExecutionInfo",

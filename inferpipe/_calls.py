@@ -1,4 +1,4 @@
-"""What is sent and what comes back, as values: settings, requests, answers.
+"""What is sent and what comes back, as values: requests and answers.
 
 Owns the building of each HTTP call and the reading of each answer. Does no I/O, draws no number,
 reads no clock. Invariant: a POST carries an `Idempotency-Key`, made once per call of the user's,
@@ -7,124 +7,35 @@ so that a repeat of it can never start a second execution.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import Any, TypedDict, TypeVar
-from urllib.parse import quote, urlsplit
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
-from inferpipe import __version__
+from inferpipe._config import ExecuteOptions
 from inferpipe.errors import (
     ApiStatusError,
     InferPipeProtocolError,
     InvalidArgumentError,
     status_error,
 )
-from inferpipe.wire import ExecuteRequest, HealthStatus, Problem, RetryConfig
+from inferpipe.wire import ExecuteRequest, HealthStatus, Problem
 
 EXECUTE = "/v1/execute"
 EXECUTE_ASYNC = "/v1/execute/async"
 EXECUTE_STREAM = "/v1/execute/stream"
 
-DEFAULT_BASE_URL = "http://127.0.0.1:8000"
-DEFAULT_TIMEOUT_S = 60.0
-DEFAULT_RETRIES = 2
-CONNECT_TIMEOUT_MAX_S = 10.0  # a host that takes longer to shake hands is as good as down
+KEY_HEADER = "idempotency-key"
 EXECUTE_GRACE_S = 5.0  # time-out to terminal state takes the server up to 2 s, plus the way back
 STREAM_SILENCE_MAX_S = 45.0  # keep-alives come every 15 s: three missed are a dead link
 DETAIL_CHARS_MAX = 200  # of a body that is not ours: enough to recognise a proxy's page
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-@dataclass(frozen=True, slots=True)
-class HttpOptions:
-    """The connection pool. `keepalive_expiry_s` is how long an idle connection is kept."""
-
-    connections_max: int = 50
-    keepalive: bool = True
-    keepalive_expiry_s: float = 30.0
-
-
-class ExecuteOptions(TypedDict, total=False):
-    """What `execute`, `execute_async` and `execute_stream` take beside workflow and input.
-
-    `timeout_ms` bounds the execution, queue included. `retry_config` overrides the workflow's
-    `retry`. `metadata` comes back with the result. A higher `priority` (-100..100) goes first.
-    `cache_ttl_s` lets an earlier result of the same input do. `idempotency_key` replaces the one
-    made per call: give it to repeat a call from another process without a second execution.
-    """
-
-    timeout_ms: int | None
-    retry_config: RetryConfig | Mapping[str, Any] | None
-    metadata: Mapping[str, Any] | None
-    user_id: str | None
-    priority: int | None
-    cache_ttl_s: int | None
-    idempotency_key: str | None
-
-
-class ClientOptions(TypedDict, total=False):
-    """What `from_env` takes; each wins over its environment variable."""
-
-    api_key: str | None
-    workspace_id: str | None
-    base_url: str
-    timeout: float
-    retries: int
-    http_options: HttpOptions | None
-
-
-@dataclass(frozen=True, slots=True)
-class ClientConfig:
-    """A client's settings, checked. `timeout` is in seconds."""
-
-    api_key: str | None = field(default=None, repr=False)
-    workspace_id: str | None = None
-    base_url: str = DEFAULT_BASE_URL
-    timeout: float = DEFAULT_TIMEOUT_S
-    retries: int = DEFAULT_RETRIES
-    http_options: HttpOptions = HttpOptions()
-
-    def __post_init__(self) -> None:
-        url = urlsplit(self.base_url)
-        if url.scheme not in {"http", "https"} or not url.hostname:
-            raise InvalidArgumentError(
-                f"base_url must start with http:// or https:// and name a host: {self.base_url!r}"
-            )
-        for name, value in (("api_key", self.api_key), ("workspace_id", self.workspace_id)):
-            if value is not None and not (value.isascii() and value.isprintable() and value):
-                raise InvalidArgumentError(f"{name} must be printable ASCII and not empty")
-        if self.timeout <= 0:
-            raise InvalidArgumentError("timeout must be above 0 seconds")
-        if self.retries < 0:
-            raise InvalidArgumentError("retries must be 0 or more")
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What every request carries."""
-        headers = {"user-agent": f"inferpipe-python/{__version__}"}
-        if self.api_key:
-            headers["authorization"] = f"Bearer {self.api_key}"
-        if self.workspace_id:
-            headers["x-workspace-id"] = self.workspace_id
-        return headers
-
-
-def environment_options(environment: Mapping[str, str], given: ClientOptions) -> ClientOptions:
-    """Read the three variables, below what is given; an empty one counts as unset."""
-    options: ClientOptions = {}
-    if api_key := environment.get("INFERPIPE_API_KEY"):
-        options["api_key"] = api_key
-    if workspace_id := environment.get("INFERPIPE_WORKSPACE_ID"):
-        options["workspace_id"] = workspace_id
-    if base_url := environment.get("INFERPIPE_BASE_URL"):
-        options["base_url"] = base_url
-    options.update(given)
-    return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +55,11 @@ class Call:
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether sending it twice is the same as sending it once."""
-        return self.method == "GET" or "idempotency-key" in self.headers
+        """Whether sending it twice is the same as sending it once (RFC 9110, 9.2.2).
+
+        PATCH is here because ours sets members to values; it adds to nothing.
+        """
+        return self.method != "POST" or KEY_HEADER in self.headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +81,6 @@ def execute_call(
     workflow_id: str,
     workflow_input: Mapping[str, Any],
     options: ExecuteOptions,
-    new_key: str,
 ) -> Call:
     """Build one of the three calls that start an execution.
 
@@ -189,19 +102,21 @@ def execute_call(
         "priority": options.get("priority"),
         "cache": None if cache_ttl_s is None else {"ttl": cache_ttl_s},
     }
-    content = _body({name: value for name, value in given.items() if value is not None})
+    content = _execute_body({name: value for name, value in given.items() if value is not None})
     # The server holds this one answer back until the execution ends: do not give up before it.
     timeout_ms = options.get("timeout_ms") if path == EXECUTE else None
-    return Call(
-        method="POST",
-        path=path,
-        headers={
-            "content-type": "application/json",
-            "idempotency-key": options.get("idempotency_key") or new_key,
-        },
-        content=content,
-        patience_s=0.0 if timeout_ms is None else timeout_ms / 1000 + EXECUTE_GRACE_S,
-    )
+    headers = {"content-type": "application/json"}
+    if key := options.get("idempotency_key"):
+        headers[KEY_HEADER] = key
+    patience_s = 0.0 if timeout_ms is None else timeout_ms / 1000 + EXECUTE_GRACE_S
+    return Call("POST", path, headers, content, patience_s)
+
+
+def with_key(call: Call, new_key: str) -> Call:
+    """Return the call with an `Idempotency-Key`, if it is a POST that has none yet."""
+    if call.method != "POST" or KEY_HEADER in call.headers:
+        return call
+    return replace(call, headers={**call.headers, KEY_HEADER: new_key})
 
 
 def as_stream(call: Call, last_event_id: int | None = None) -> Call:
@@ -219,13 +134,7 @@ def as_stream(call: Call, last_event_id: int | None = None) -> Call:
 
 def execution_call(execution_id: str, suffix: str = "") -> Call:
     """Build a GET below one execution."""
-    return Call("GET", _execution_path(execution_id) + suffix)
-
-
-def cancel_call(execution_id: str, new_key: str) -> Call:
-    """Build the POST that asks for a cancellation."""
-    path = _execution_path(execution_id) + "/cancel"
-    return Call("POST", path, {"idempotency-key": new_key})
+    return Call("GET", path_below("/v1/executions", execution_id) + suffix)
 
 
 def health_call() -> Call:
@@ -298,33 +207,75 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     return max(0.0, wait.total_seconds())
 
 
-def _body(given: Mapping[str, Any]) -> bytes:
+def path_below(collection: str, an_id: str) -> str:
+    """Return the path of one member of a collection.
+
+    Raises:
+        InvalidArgumentError: a dot segment, which would be resolved away and reach another route.
+    """
+    if an_id in {"", ".", ".."}:
+        kind = collection.rpartition("/")[2].removesuffix("s")
+        raise InvalidArgumentError(f"not an {kind} id: {an_id!r}")
+    return f"{collection}/{quote(an_id, safe='')}"
+
+
+def body_of(model: type[BaseModel], given: Mapping[str, Any]) -> bytes:
+    """Return the body with the members that are given, checked as the server checks them.
+
+    Raises:
+        InvalidArgumentError: the server would refuse it for its shape, or it is not JSON.
+    """
+    try:
+        request = model.model_validate(dict(given))
+        return json_bytes(request.model_dump(exclude_unset=True), "the body")
+    except ValidationError as error:
+        raise InvalidArgumentError(_places(error)) from error
+
+
+def json_bytes(value: object, what: str) -> bytes:
+    """Return the value as JSON (RFC 8259).
+
+    Raises:
+        InvalidArgumentError: NaN, lone surrogates, cycles, objects that JSON has no form for.
+    """
+    try:
+        return json.dumps(to_jsonable_python(value), ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"{what} is not JSON: {error}") from error
+
+
+def moment(when: datetime) -> str:
+    """Return the moment as RFC 3339.
+
+    Raises:
+        InvalidArgumentError: it names no time zone, so it is no moment.
+    """
+    if when.tzinfo is None:
+        raise InvalidArgumentError(f"{when.isoformat()} names no time zone")
+    return when.isoformat()
+
+
+def _execute_body(given: Mapping[str, Any]) -> bytes:
     try:
         request = ExecuteRequest.model_validate(given)
-        # Not the request's own dump: its options would also rewrite what stands inside `input`.
-        body = {**given, "input": request.input}
-        if request.retry_config is not None:
-            body["retryConfig"] = request.retry_config.model_dump(exclude_none=True)
-        if "metadata" in given:
-            body["metadata"] = request.metadata
-        plain = to_jsonable_python(body)
-        return json.dumps(plain, ensure_ascii=False, allow_nan=False).encode()
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-            for item in error.errors(include_url=False, include_input=False)
-        )
-        raise InvalidArgumentError(problems) from error
-    except (ValueError, RecursionError) as error:
-        # NaN, lone surrogates, cycles, objects that JSON has no form for.
+        raise InvalidArgumentError(_places(error)) from error
+    except RecursionError as error:
         raise InvalidArgumentError(f"the input or metadata is not JSON: {error}") from error
+    # Not the request's own dump: its options would also rewrite what stands inside `input`.
+    body = {**given, "input": request.input}
+    if request.retry_config is not None:
+        body["retryConfig"] = request.retry_config.model_dump(exclude_none=True)
+    if "metadata" in given:
+        body["metadata"] = request.metadata
+    return json_bytes(body, "the input or metadata")
 
 
-def _execution_path(execution_id: str) -> str:
-    # A dot segment would be resolved away, and reach another route.
-    if execution_id in {"", ".", ".."}:
-        raise InvalidArgumentError(f"not an execution id: {execution_id!r}")
-    return f"/v1/executions/{quote(execution_id, safe='')}"
+def _places(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(str(part) for part in item['loc']) or 'body'}: {item['msg']}"
+        for item in error.errors(include_url=False, include_input=False)
+    )
 
 
 def _status_title(status: int) -> str:

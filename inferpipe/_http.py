@@ -1,19 +1,33 @@
 """Effects performed over httpx: the sync and the async runner of scripts.
 
-Owns every httpx call. Invariant: no httpx error leaves this module; a failed request is the
-reply `Unreachable`, and what that means is decided in `_stream`.
+Owns every httpx call, and the clock and chance of the client. Invariant: no httpx error leaves this
+module; a failed request is the reply `Unreachable`, and what that means is decided in `_stream`.
 """
 
 import asyncio
 import random
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TypeVar
 
 import httpx
 
-from inferpipe._calls import CONNECT_TIMEOUT_MAX_S, Answer, Call, ClientConfig, HttpOptions
-from inferpipe._stream import Effect, Open, Read, Reply, Script, Send, Sleep, Unreachable
+from inferpipe._calls import Answer, Call, with_key
+from inferpipe._config import CONNECT_TIMEOUT_MAX_S, ClientConfig, HttpOptions
+from inferpipe._operations import Operation, Page, next_cursor
+from inferpipe._stream import (
+    Effect,
+    Open,
+    Read,
+    Reply,
+    RetryPolicy,
+    Script,
+    Send,
+    Sleep,
+    Unreachable,
+    exchange,
+)
 
 T = TypeVar("T")
 
@@ -23,19 +37,43 @@ AsyncSleeper = Callable[[float], Awaitable[object]]
 sleep: Sleeper = time.sleep
 async_sleep: AsyncSleeper = asyncio.sleep
 jitter: Callable[[], float] = random.random  # nothing secret hangs on it
+monotonic_s: Callable[[], float] = time.monotonic
+
+
+def new_key() -> str:
+    """Return an `Idempotency-Key` that nobody else has."""
+    return str(uuid.uuid4())
 
 
 class Runner:
     """Runs scripts: performs each effect and sends back the reply."""
 
-    def __init__(self, http: httpx.Client, config: ClientConfig, sleep: Sleeper) -> None:
+    def __init__(
+        self, http: httpx.Client, config: ClientConfig, policy: RetryPolicy, sleep: Sleeper
+    ) -> None:
+        self.policy = policy
         self._http = http
         self._config = config
         self._sleep = sleep
 
     def for_stream(self) -> "StreamRunner":
         """Return a runner that holds one open stream."""
-        return StreamRunner(self._http, self._config, self._sleep)
+        return StreamRunner(self._http, self._config, self.policy, self._sleep)
+
+    def ask(self, operation: Operation[T]) -> T:
+        """Perform one operation; return what its answer means."""
+        call = with_key(operation.call, new_key())
+        return operation.read(self.run(exchange(Send(call), self.policy)))
+
+    def items(self, page_after: Callable[[str | None], Operation[Page[T]]]) -> Iterator[T]:
+        """Yield the items of all pages, each page when its first item is asked for."""
+        cursor: str | None = None
+        while True:
+            page = self.ask(page_after(cursor))
+            yield from page.items
+            cursor = next_cursor(page, cursor)
+            if cursor is None:
+                return
 
     def run(self, script: Script[T]) -> T:
         """Run the script to its end; return what it returns, raise what it raises."""
@@ -54,19 +92,29 @@ class Runner:
     def _perform(self, effect: Effect) -> Reply:
         match effect:
             case Send(call):
-                return _answer(self._http.send(_request(self._http, call, self._config)))
+                return self._send(call)
             case Sleep(seconds):
                 self._sleep(seconds)
                 return None
             case _:
                 raise AssertionError(f"not outside a stream: {effect}")
 
+    def _send(self, call: Call) -> Answer:
+        patience = _Patience(self._config, call)
+        request = _request(self._http, call, self._config)
+        response = self._http.send(request, stream=True)
+        try:
+            content = b"".join([patience.checked(piece) for piece in response.iter_bytes()])
+        finally:
+            response.close()
+        return Answer(response.status_code, response.headers, content)
+
 
 class StreamRunner(Runner):
     """Runs one stream's scripts: holds the response that is open."""
 
     _response: httpx.Response | None = None
-    _body: Iterator[bytes] = iter(())
+    _body: Iterator[bytes]
 
     def close(self) -> None:
         """Close the open response, if there is one."""
@@ -95,14 +143,39 @@ class StreamRunner(Runner):
 class AsyncRunner:
     """`Runner` for asyncio."""
 
-    def __init__(self, http: httpx.AsyncClient, config: ClientConfig, sleep: AsyncSleeper) -> None:
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        config: ClientConfig,
+        policy: RetryPolicy,
+        sleep: AsyncSleeper,
+    ) -> None:
+        self.policy = policy
         self._http = http
         self._config = config
         self._sleep = sleep
 
     def for_stream(self) -> "AsyncStreamRunner":
         """Return a runner that holds one open stream."""
-        return AsyncStreamRunner(self._http, self._config, self._sleep)
+        return AsyncStreamRunner(self._http, self._config, self.policy, self._sleep)
+
+    async def ask(self, operation: Operation[T]) -> T:
+        """Perform one operation; return what its answer means."""
+        call = with_key(operation.call, new_key())
+        return operation.read(await self.run(exchange(Send(call), self.policy)))
+
+    async def items(
+        self, page_after: Callable[[str | None], Operation[Page[T]]]
+    ) -> AsyncIterator[T]:
+        """Yield the items of all pages, each page when its first item is asked for."""
+        cursor: str | None = None
+        while True:
+            page = await self.ask(page_after(cursor))
+            for item in page.items:
+                yield item
+            cursor = next_cursor(page, cursor)
+            if cursor is None:
+                return
 
     async def run(self, script: Script[T]) -> T:
         """Run the script to its end; return what it returns, raise what it raises."""
@@ -121,12 +194,22 @@ class AsyncRunner:
     async def _perform(self, effect: Effect) -> Reply:
         match effect:
             case Send(call):
-                return _answer(await self._http.send(_request(self._http, call, self._config)))
+                return await self._send(call)
             case Sleep(seconds):
                 await self._sleep(seconds)
                 return None
             case _:
                 raise AssertionError(f"not outside a stream: {effect}")
+
+    async def _send(self, call: Call) -> Answer:
+        patience = _Patience(self._config, call)
+        request = _request(self._http, call, self._config)
+        response = await self._http.send(request, stream=True)
+        try:
+            content = b"".join([patience.checked(piece) async for piece in response.aiter_bytes()])
+        finally:
+            await response.aclose()
+        return Answer(response.status_code, response.headers, content)
 
 
 class AsyncStreamRunner(AsyncRunner):
@@ -159,8 +242,49 @@ class AsyncStreamRunner(AsyncRunner):
                 return await super()._perform(effect)
 
 
-def limits(options: HttpOptions) -> httpx.Limits:
-    """Translate our pool settings into httpx's."""
+def client(config: ClientConfig, transport: httpx.BaseTransport | None) -> httpx.Client:
+    """Return the connections of one sync client."""
+    options = config.http_options
+    return httpx.Client(
+        limits=_limits(options),
+        proxy=options.proxy,
+        verify=options.verify,
+        trust_env=False,
+        transport=transport,
+    )
+
+
+def async_client(
+    config: ClientConfig, transport: httpx.AsyncBaseTransport | None
+) -> httpx.AsyncClient:
+    """Return the connections of one async client."""
+    options = config.http_options
+    return httpx.AsyncClient(
+        limits=_limits(options),
+        proxy=options.proxy,
+        verify=options.verify,
+        trust_env=False,
+        transport=transport,
+    )
+
+
+class _Patience:
+    """How long one answer may take in all.
+
+    A server that writes white space while it works (ours does, to learn whether the caller is
+    still there) never trips a time-out between two reads, so the whole is bounded here.
+    """
+
+    def __init__(self, config: ClientConfig, call: Call) -> None:
+        self._give_up_s = monotonic_s() + max(config.timeout, call.patience_s)
+
+    def checked(self, piece: bytes) -> bytes:
+        if monotonic_s() > self._give_up_s:
+            raise httpx.ReadTimeout("no whole answer in time")
+        return piece
+
+
+def _limits(options: HttpOptions) -> httpx.Limits:
     return httpx.Limits(
         max_connections=options.connections_max,
         max_keepalive_connections=options.connections_max if options.keepalive else 0,
@@ -173,8 +297,8 @@ def _request(
 ) -> httpx.Request:
     return http.build_request(
         call.method,
-        call.path,
-        headers=call.headers,
+        config.url(call.path),
+        headers={**config.headers, **call.headers},
         content=call.content,
         timeout=httpx.Timeout(
             config.timeout,

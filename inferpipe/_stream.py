@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from inferpipe._calls import (
     Answer,
@@ -132,10 +132,14 @@ class RetryPolicy:
 def exchange(effect: Send | Open, policy: RetryPolicy) -> Script[Answer]:
     """Send, again where that may help, until there is an answer to return or to raise."""
     attempt = 0
+    is_lost = False  # an earlier try may have been heard: only its answer is missing
     while True:
         attempt += 1
         reply = yield effect
         assert isinstance(reply, Answer | Unreachable)
+        if is_lost and _is_done_before(reply, effect.call):
+            return reply
+        is_lost = is_lost or isinstance(reply, Unreachable)
         delay_s = policy.delay_s(effect.call, reply, attempt)
         if delay_s is None:
             return _settle(effect.call, reply)
@@ -161,12 +165,18 @@ class StreamSession:
     two new events.
     """
 
-    def __init__(self, call: Call, policy: RetryPolicy) -> None:
-        self.execution_id: str | None = None
-        self._call = as_stream(call)
+    def __init__(
+        self,
+        call: Call,
+        policy: RetryPolicy,
+        execution_id: str | None = None,
+        after: int | None = None,
+    ) -> None:
+        self.execution_id = execution_id
+        self._call = as_stream(call, after)
         self._policy = policy
         self._decoder: SseDecoder | None = None
-        self._cursor: int | None = None
+        self._cursor = after
         self._drops = 0
         self._pending: deque[StreamEvent] = deque()
         self._result: ExecutionResult | None = None
@@ -179,9 +189,14 @@ class StreamSession:
         return self._result
 
     def open(self) -> Script[None]:
-        """Start the execution, unless that is done already."""
+        """Start the execution, or join one that runs, unless that is done already."""
         if self._decoder is None:
-            self._attach((yield from exchange(Open(self._call), self._policy)))
+            answer = yield from exchange(Open(self._call), self._policy)
+            if answer.status == HTTPStatus.NO_CONTENT and self.execution_id is not None:
+                self._decoder = SseDecoder()  # it has ended before the cursor: nothing to read
+                yield from self._fetch_result()
+            else:
+                self._attach(answer)
 
     def next_event(self) -> Script[StreamEvent | None]:
         """Return the next event; None once, and only if, the execution completed.
@@ -287,6 +302,15 @@ def to_chunk(event: StreamEvent) -> StreamChunk | None:
     if not isinstance(text, str):
         raise InferPipeProtocolError(f"event {event.id}: a chunk without text")
     return StreamChunk(text, step)
+
+
+def _is_done_before(reply: Answer | Unreachable, call: Call) -> TypeGuard[Answer]:
+    # An answer to the first try was lost, and what it deleted is gone.
+    return (
+        call.method == "DELETE"
+        and isinstance(reply, Answer)
+        and reply.status == HTTPStatus.NOT_FOUND
+    )
 
 
 def _is_passing(status: int) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from inferpipe import __version__
 from inferpipe._stream import StreamEvent, completed, to_chunk
-from inferpipe.client import ExecutionStream, InferPipe
+from inferpipe.client import InferPipe
 from inferpipe.errors import (
     ApiStatusError,
     ExecutionFailedError,
@@ -25,6 +25,7 @@ from inferpipe.errors import (
     InferPipeTimeoutError,
     InvalidArgumentError,
 )
+from inferpipe.streams import ExecutionStream
 from inferpipe.wire import ExecutionResult
 
 OK = 0

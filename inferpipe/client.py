@@ -1,31 +1,42 @@
 """The SDK: `InferPipe` and its async twin.
 
 Owns the public methods and nothing below them: what to send, when to send it again and what an
-answer means is decided in `_calls` and `_stream`, and performed by `_http`. Invariant: the two
-halves of this file differ only in `async` and `await`.
+answer means is decided in `_operations`, `_calls` and `_stream`, and performed by `_http`.
+Invariant: the two halves of this file differ only in `async` and `await`; a test compares them.
 """
 
 import os
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import httpx
 
-from inferpipe import _calls as calls
 from inferpipe import _http as http
-from inferpipe._stream import (
-    RetryPolicy,
-    Send,
-    StreamChunk,
-    StreamEvent,
-    StreamSession,
-    completed,
-    exchange,
-    to_chunk,
+from inferpipe import _operations as operations
+from inferpipe import async_resources, resources
+from inferpipe._calls import EXECUTE_STREAM, execute_call
+from inferpipe._config import (
+    DEFAULT_BASE_URL,
+    DEFAULT_RETRIES,
+    DEFAULT_TIMEOUT_S,
+    ClientConfig,
+    ClientOptions,
+    ExecuteOptions,
+    HttpOptions,
+    environment_options,
 )
-from inferpipe.wire import ExecutionInfo, ExecutionRecord, ExecutionResult, HealthStatus
+from inferpipe._stream import RetryPolicy
+from inferpipe.errors import InvalidArgumentError
+from inferpipe.streams import AsyncExecutionStream, ExecutionStream
+from inferpipe.wire import (
+    ExecutionInfo,
+    ExecutionRecord,
+    ExecutionResult,
+    HealthStatus,
+    UsageReport,
+)
 
 
 class InferPipe:
@@ -37,7 +48,8 @@ class InferPipe:
         base_url: where the server is.
         timeout: seconds to wait for an answer; `execute` waits longer where its `timeout_ms` does.
         retries: further attempts after a failed connection, 429 or 503.
-        http_options: the connection pool.
+        http_options: the connections; not beside `http_client`.
+        http_client: your own connections, with all that httpx can be told; not closed by us.
         transport: replaces the network, for tests and special set-ups.
         sleep: waits between attempts.
         jitter: draws from [0, 1).
@@ -47,41 +59,52 @@ class InferPipe:
         self,
         api_key: str | None = None,
         workspace_id: str | None = None,
-        base_url: str = calls.DEFAULT_BASE_URL,
+        base_url: str = DEFAULT_BASE_URL,
         *,
-        timeout: float = calls.DEFAULT_TIMEOUT_S,
-        retries: int = calls.DEFAULT_RETRIES,
-        http_options: calls.HttpOptions | None = None,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
+        http_options: HttpOptions | None = None,
+        http_client: httpx.Client | None = None,
         transport: httpx.BaseTransport | None = None,
         sleep: http.Sleeper = http.sleep,
         jitter: Callable[[], float] = http.jitter,
     ) -> None:
-        options = http_options or calls.HttpOptions()
-        config = calls.ClientConfig(api_key, workspace_id, base_url, timeout, retries, options)
-        self._policy = RetryPolicy(retries, jitter)
-        self._http = httpx.Client(
-            base_url=base_url,
-            headers=config.headers,
-            limits=http.limits(options),
-            transport=transport,
-        )
-        self._runner = http.Runner(self._http, config, sleep)
+        options = http_options or HttpOptions()
+        config = ClientConfig(api_key, workspace_id, base_url, timeout, retries, options)
+        if http_client is not None and (http_options or transport) is not None:
+            raise InvalidArgumentError("http_client brings its own options and transport")
+        self._is_own = http_client is None
+        self._http = http_client or http.client(config, transport)
+        self._runner = http.Runner(self._http, config, RetryPolicy(retries, jitter), sleep)
+        self.executions = resources.Executions(self._runner)
+        self.workflows = resources.Workflows(self._runner)
+        self.keys = resources.Keys(self._runner)
+        self.workspaces = resources.Workspaces(self._runner)
+        self.webhooks = resources.Webhooks(self._runner)
+        self.stream_tokens = resources.StreamTokens(self._runner)
 
     @classmethod
     def from_env(
         cls,
+        environment: str | None = None,
         *,
+        http_client: httpx.Client | None = None,
         transport: httpx.BaseTransport | None = None,
-        **options: Unpack[calls.ClientOptions],
+        **options: Unpack[ClientOptions],
     ) -> Self:
-        """Read INFERPIPE_API_KEY, _WORKSPACE_ID and _BASE_URL; what is passed wins."""
-        return cls(**_with_environment(options), transport=transport)
+        """Read INFERPIPE_API_KEY, _WORKSPACE_ID, _BASE_URL, _TIMEOUT_S and _RETRIES.
+
+        What is passed wins. In an `environment` such as `staging`, named here or by
+        INFERPIPE_ENVIRONMENT, each INFERPIPE_STAGING_* wins over its INFERPIPE_*.
+        """
+        found = environment_options(os.environ, options, environment)
+        return cls(**found, http_client=http_client, transport=transport)
 
     def execute(
         self,
         workflow_id: str,
         input: Mapping[str, Any],  # noqa: A002 - the API's word
-        **options: Unpack[calls.ExecuteOptions],
+        **options: Unpack[ExecuteOptions],
     ) -> ExecutionResult:
         """Run a workflow and wait for its end.
 
@@ -89,107 +112,55 @@ class InferPipe:
             ExecutionFailedError: it failed or was cancelled.
             InferPipeTimeoutError: no answer in time; the execution goes on.
         """
-        call = calls.execute_call(calls.EXECUTE, workflow_id, input, options, _new_key())
-        return completed(calls.read_model(self._answer(call), ExecutionResult))
+        return self._runner.ask(operations.execute(workflow_id, input, options))
 
     def execute_async(
         self,
         workflow_id: str,
         input: Mapping[str, Any],  # noqa: A002 - the API's word
-        **options: Unpack[calls.ExecuteOptions],
+        **options: Unpack[ExecuteOptions],
     ) -> ExecutionInfo:
         """Start a workflow; return as soon as it is durably accepted."""
-        call = calls.execute_call(calls.EXECUTE_ASYNC, workflow_id, input, options, _new_key())
-        return calls.read_model(self._answer(call), ExecutionInfo)
+        return self._runner.ask(operations.execute_async(workflow_id, input, options))
 
     def execute_stream(
         self,
         workflow_id: str,
         input: Mapping[str, Any],  # noqa: A002 - the API's word
-        **options: Unpack[calls.ExecuteOptions],
-    ) -> "ExecutionStream":
+        **options: Unpack[ExecuteOptions],
+    ) -> ExecutionStream:
         """Return a stream that starts the workflow when it is entered or iterated over."""
-        call = calls.execute_call(calls.EXECUTE_STREAM, workflow_id, input, options, _new_key())
-        return ExecutionStream(StreamSession(call, self._policy), self._runner.for_stream())
+        call = execute_call(EXECUTE_STREAM, workflow_id, input, options)
+        return ExecutionStream(call, self._runner)
 
     def get_execution(self, execution_id: str) -> ExecutionRecord:
-        """Return all that is known of an execution now."""
-        answer = self._answer(calls.execution_call(execution_id))
-        return calls.read_model(answer, ExecutionRecord)
+        """Return all that is known of an execution now; the same as `executions.get`."""
+        return self.executions.get(execution_id)
 
     def cancel_execution(self, execution_id: str) -> None:
-        """Ask for a cancellation; ConflictError where the execution has ended already."""
-        self._answer(calls.cancel_call(execution_id, _new_key()))
+        """Ask for a cancellation; the same as `executions.cancel`."""
+        self.executions.cancel(execution_id)
+
+    def usage(
+        self,
+        *,
+        from_: datetime | None = None,
+        to: datetime | None = None,
+        group_by: Literal["workflow", "key", "day"] | None = None,
+    ) -> UsageReport:
+        """Return the workspace's tokens between two moments, by workflow, key or day."""
+        return self._runner.ask(operations.usage(from_, to, group_by))
 
     def health(self) -> HealthStatus:
         """Return the server's health; one that is not healthy is returned too, not raised."""
-        return calls.read_health(self._answer(calls.health_call()))
+        return self._runner.ask(operations.health())
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        if self._is_own:
+            self._http.close()
 
     def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _answer(self, call: calls.Call) -> calls.Answer:
-        return self._runner.run(exchange(Send(call), self._policy))
-
-
-class ExecutionStream:
-    """An execution's text as it is generated: iterate over it, once.
-
-    Dropped connections are mended unseen. The text of a step that is retried comes again: `result`
-    has the final word, and `events()` tells of the retry. Leaving early does not cancel the
-    execution; leave by `with` or `close`, so that the connection is given back at once.
-    """
-
-    def __init__(self, session: StreamSession, runner: http.StreamRunner) -> None:
-        self._session = session
-        self._runner = runner
-
-    @property
-    def execution_id(self) -> str | None:
-        """The execution's id; None before the stream is open (`with` opens it)."""
-        return self._session.execution_id
-
-    @property
-    def result(self) -> ExecutionResult:
-        """The outcome, after the last event; InferPipeError before it."""
-        return self._session.result
-
-    def events(self) -> Iterator[StreamEvent]:
-        """Yield every event, then raise ExecutionFailedError unless the execution completed."""
-        try:
-            while (event := self._runner.run(self._session.next_event())) is not None:
-                yield event
-        finally:
-            self.close()
-
-    def __iter__(self) -> Iterator[StreamChunk]:
-        for event in self.events():
-            chunk = to_chunk(event)
-            if chunk is not None:
-                yield chunk
-
-    def close(self) -> None:
-        """Give the connection back; the execution goes on."""
-        self._runner.close()
-
-    def __enter__(self) -> Self:
-        try:
-            self._runner.run(self._session.open())
-        except BaseException:
-            self.close()
-            raise
         return self
 
     def __exit__(
@@ -204,89 +175,104 @@ class ExecutionStream:
 class AsyncInferPipe:
     """`InferPipe` for asyncio, with the same arguments. Tasks of one event loop may share it.
 
-    A cancelled call does not cancel its execution: `cancel_execution` does.
+    A cancelled call does not cancel its execution: `executions.cancel` does.
     """
 
     def __init__(  # noqa: PLR0913 - settings, each with a default
         self,
         api_key: str | None = None,
         workspace_id: str | None = None,
-        base_url: str = calls.DEFAULT_BASE_URL,
+        base_url: str = DEFAULT_BASE_URL,
         *,
-        timeout: float = calls.DEFAULT_TIMEOUT_S,
-        retries: int = calls.DEFAULT_RETRIES,
-        http_options: calls.HttpOptions | None = None,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
+        http_options: HttpOptions | None = None,
+        http_client: httpx.AsyncClient | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: http.AsyncSleeper = http.async_sleep,
         jitter: Callable[[], float] = http.jitter,
     ) -> None:
-        options = http_options or calls.HttpOptions()
-        config = calls.ClientConfig(api_key, workspace_id, base_url, timeout, retries, options)
-        self._policy = RetryPolicy(retries, jitter)
-        self._http = httpx.AsyncClient(
-            base_url=base_url,
-            headers=config.headers,
-            limits=http.limits(options),
-            transport=transport,
-        )
-        self._runner = http.AsyncRunner(self._http, config, sleep)
+        options = http_options or HttpOptions()
+        config = ClientConfig(api_key, workspace_id, base_url, timeout, retries, options)
+        if http_client is not None and (http_options or transport) is not None:
+            raise InvalidArgumentError("http_client brings its own options and transport")
+        self._is_own = http_client is None
+        self._http = http_client or http.async_client(config, transport)
+        self._runner = http.AsyncRunner(self._http, config, RetryPolicy(retries, jitter), sleep)
+        self.executions = async_resources.AsyncExecutions(self._runner)
+        self.workflows = async_resources.AsyncWorkflows(self._runner)
+        self.keys = async_resources.AsyncKeys(self._runner)
+        self.workspaces = async_resources.AsyncWorkspaces(self._runner)
+        self.webhooks = async_resources.AsyncWebhooks(self._runner)
+        self.stream_tokens = async_resources.AsyncStreamTokens(self._runner)
 
     @classmethod
     def from_env(
         cls,
+        environment: str | None = None,
         *,
+        http_client: httpx.AsyncClient | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
-        **options: Unpack[calls.ClientOptions],
+        **options: Unpack[ClientOptions],
     ) -> Self:
-        """Read INFERPIPE_API_KEY, _WORKSPACE_ID and _BASE_URL; what is passed wins."""
-        return cls(**_with_environment(options), transport=transport)
+        """See `InferPipe.from_env`."""
+        found = environment_options(os.environ, options, environment)
+        return cls(**found, http_client=http_client, transport=transport)
 
     async def execute(
         self,
         workflow_id: str,
         input: Mapping[str, Any],  # noqa: A002 - the API's word
-        **options: Unpack[calls.ExecuteOptions],
+        **options: Unpack[ExecuteOptions],
     ) -> ExecutionResult:
         """See `InferPipe.execute`."""
-        call = calls.execute_call(calls.EXECUTE, workflow_id, input, options, _new_key())
-        return completed(calls.read_model(await self._answer(call), ExecutionResult))
+        return await self._runner.ask(operations.execute(workflow_id, input, options))
 
     async def execute_async(
         self,
         workflow_id: str,
         input: Mapping[str, Any],  # noqa: A002 - the API's word
-        **options: Unpack[calls.ExecuteOptions],
+        **options: Unpack[ExecuteOptions],
     ) -> ExecutionInfo:
         """See `InferPipe.execute_async`."""
-        call = calls.execute_call(calls.EXECUTE_ASYNC, workflow_id, input, options, _new_key())
-        return calls.read_model(await self._answer(call), ExecutionInfo)
+        return await self._runner.ask(operations.execute_async(workflow_id, input, options))
 
     def execute_stream(
         self,
         workflow_id: str,
         input: Mapping[str, Any],  # noqa: A002 - the API's word
-        **options: Unpack[calls.ExecuteOptions],
-    ) -> "AsyncExecutionStream":
+        **options: Unpack[ExecuteOptions],
+    ) -> AsyncExecutionStream:
         """See `InferPipe.execute_stream`; no `await` here: iterating does the waiting."""
-        call = calls.execute_call(calls.EXECUTE_STREAM, workflow_id, input, options, _new_key())
-        return AsyncExecutionStream(StreamSession(call, self._policy), self._runner.for_stream())
+        call = execute_call(EXECUTE_STREAM, workflow_id, input, options)
+        return AsyncExecutionStream(call, self._runner)
 
     async def get_execution(self, execution_id: str) -> ExecutionRecord:
         """See `InferPipe.get_execution`."""
-        answer = await self._answer(calls.execution_call(execution_id))
-        return calls.read_model(answer, ExecutionRecord)
+        return await self.executions.get(execution_id)
 
     async def cancel_execution(self, execution_id: str) -> None:
         """See `InferPipe.cancel_execution`."""
-        await self._answer(calls.cancel_call(execution_id, _new_key()))
+        await self.executions.cancel(execution_id)
+
+    async def usage(
+        self,
+        *,
+        from_: datetime | None = None,
+        to: datetime | None = None,
+        group_by: Literal["workflow", "key", "day"] | None = None,
+    ) -> UsageReport:
+        """See `InferPipe.usage`."""
+        return await self._runner.ask(operations.usage(from_, to, group_by))
 
     async def health(self) -> HealthStatus:
         """See `InferPipe.health`."""
-        return calls.read_health(await self._answer(calls.health_call()))
+        return await self._runner.ask(operations.health())
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        if self._is_own:
+            await self._http.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -298,66 +284,3 @@ class AsyncInferPipe:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
-
-    async def _answer(self, call: calls.Call) -> calls.Answer:
-        return await self._runner.run(exchange(Send(call), self._policy))
-
-
-class AsyncExecutionStream:
-    """`ExecutionStream` for asyncio."""
-
-    def __init__(self, session: StreamSession, runner: http.AsyncStreamRunner) -> None:
-        self._session = session
-        self._runner = runner
-
-    @property
-    def execution_id(self) -> str | None:
-        """The execution's id; None before the stream is open (`async with` opens it)."""
-        return self._session.execution_id
-
-    @property
-    def result(self) -> ExecutionResult:
-        """The outcome, after the last event; InferPipeError before it."""
-        return self._session.result
-
-    async def events(self) -> AsyncIterator[StreamEvent]:
-        """Yield every event, then raise ExecutionFailedError unless the execution completed."""
-        try:
-            while (event := await self._runner.run(self._session.next_event())) is not None:
-                yield event
-        finally:
-            await self.aclose()
-
-    async def __aiter__(self) -> AsyncIterator[StreamChunk]:
-        async for event in self.events():
-            chunk = to_chunk(event)
-            if chunk is not None:
-                yield chunk
-
-    async def aclose(self) -> None:
-        """Give the connection back; the execution goes on."""
-        await self._runner.aclose()
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self._runner.run(self._session.open())
-        except BaseException:
-            await self.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-
-def _with_environment(given: calls.ClientOptions) -> calls.ClientOptions:
-    return calls.environment_options(os.environ, given)
-
-
-def _new_key() -> str:
-    return str(uuid.uuid4())

@@ -1,6 +1,7 @@
 """The SDK and the command against the running service, as a user has them."""
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -9,7 +10,14 @@ from collections.abc import Iterator
 import jsonschema_rs
 import pytest
 
-from inferpipe import AsyncInferPipe, ExecutionFailedError, InferPipe, NotFoundError
+from inferpipe import (
+    AsyncInferPipe,
+    ConflictError,
+    ExecutionFailedError,
+    InferPipe,
+    NotFoundError,
+    PermissionDeniedError,
+)
 from tests.e2e.conftest import API_KEY, Service
 
 FRANCE = {
@@ -103,6 +111,46 @@ def test_a_schema_that_is_none_fails_in_words(client: InferPipe) -> None:
         client.execute("data-extraction", {"document": "x", "schema": {"type": "nonsense"}})
     assert failure.value.result.error_code == "STEP_FAILED"
     assert len(str(failure.value.result.error)) > 10
+
+
+def test_executions_are_listed_followed_retried(client: InferPipe) -> None:
+    started = [client.execute_async("test-echo", {"n": n}).id for n in range(3)]
+    for one in started:
+        assert client.executions.follow(one).wait().status == "completed"
+    listed = client.executions.list(workflow_id="test-echo", page_size=2)
+    found = [record.id for record in itertools.islice(listed, 3)]
+    assert set(found) == set(started)
+    again = client.executions.retry(started[0])
+    assert again.retry_of == started[0]
+    events = list(client.executions.follow(again.id).events())
+    assert events[-1].type == "execution.completed"
+    last = events[-1].id
+    assert client.executions.follow(again.id, after=last).wait().data == {"n": 0}
+    with pytest.raises(ConflictError):
+        client.executions.cancel(again.id)
+
+
+def test_definitions_and_keys_are_managed(client: InferPipe, service: Service) -> None:
+    text = "steps: [{id: greet, transform: {text: 'Hello {{ input.name }}'}}]"
+    assert client.workflows.put("sdk-greeting", text).version == 1
+    assert client.workflows.put("sdk-greeting", {"steps": [{"id": "e", "echo": {}}]}).version == 2
+    assert [one.version for one in client.workflows.versions("sdk-greeting")] == [2, 1]
+    assert client.workflows.get("sdk-greeting", version=1).model_extra is not None
+    assert {"sdk-greeting", "test-echo"} <= {one.id for one in client.workflows.list()}
+    verdict = client.workflows.validate("sdk-greeting", {"steps": [{"id": "x", "fly": {}}]})
+    assert not verdict.valid
+    assert verdict.errors
+    client.workflows.delete("sdk-greeting")
+    with pytest.raises(NotFoundError):
+        client.execute("sdk-greeting", {})
+
+    made = client.keys.create("reader", ["read"])
+    with InferPipe(made.key, base_url=service.url) as reader:
+        assert next(reader.executions.list()).id
+        with pytest.raises(PermissionDeniedError):
+            reader.execute("test-echo", {})
+    assert made.id in {one.id for one in client.keys.list()}
+    client.keys.revoke(made.id)
 
 
 def run_cli(service: Service, *words: str) -> subprocess.CompletedProcess[str]:

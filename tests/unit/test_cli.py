@@ -274,9 +274,10 @@ def test_connection_arguments_win_over_the_environment(monkeypatch: pytest.Monke
     parser, _ = cli.build_parser()
     args = parser.parse_args(["health", "--base-url", "http://given", "--workspace", "w1"])
     with cli.connect_from(args) as client:
-        assert client._http.base_url.host == "given"
-        assert client._http.headers["authorization"] == "Bearer from-environment"
-        assert client._http.headers["x-workspace-id"] == "w1"
+        config = client._runner._config
+        assert config.url("/v1/health") == "http://given/v1/health"
+        assert config.headers["authorization"] == "Bearer from-environment"
+        assert config.headers["x-workspace-id"] == "w1"
 
 
 def test_wrong_base_url_exits_with_2(capsys: Output) -> None:

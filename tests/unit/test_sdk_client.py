@@ -1,10 +1,6 @@
 """Both clients over a scripted server: every test runs against the sync and the async one."""
 
-import asyncio
-import inspect
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -25,75 +21,14 @@ from inferpipe import (
     RetryConfig,
     errors,
 )
+from tests.support.sdk_server import RESULT, Ask, Outcome, Server, asker, ok, problem
 
-RESULT = {"id": "e1", "status": "completed", "data": {"message": "hi"}, "workflowId": "test-echo",
-          "workflowVersion": 1}  # fmt: skip
-Outcome = httpx.Response | Exception
-
-
-@dataclass
-class Server:
-    """Answers with the scripted outcomes in turn, the last one for ever; keeps the requests."""
-
-    outcomes: list[Outcome]
-    requests: list[httpx.Request] = field(default_factory=list)
-    slept: list[float] = field(default_factory=list)
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.requests.append(request)
-        outcome = self.outcomes[min(len(self.requests), len(self.outcomes)) - 1]
-        if isinstance(outcome, Exception):
-            raise type(outcome)(*outcome.args)
-        # A response is used up by one client; the script is shared by two and by retries.
-        return httpx.Response(outcome.status_code, headers=outcome.headers, content=outcome.content)
-
-    async def async_sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-
-
-Ask = Callable[..., Any]
+DOWN = httpx.ConnectError("refused")
 
 
 @pytest.fixture(params=["sync", "async"])
 def ask(request: pytest.FixtureRequest) -> Ask:
-    """ask(server, method, *args, **kwargs) makes one call on a fresh client of either kind."""
-
-    def ask_sync(server: Server, method: str, *args: Any, config: Any = (), **kwargs: Any) -> Any:
-        with InferPipe(
-            transport=httpx.MockTransport(server),
-            sleep=server.slept.append,
-            jitter=lambda: 0.5,
-            **dict(config),
-        ) as client:
-            return getattr(client, method)(*args, **kwargs)
-
-    def ask_async(server: Server, method: str, *args: Any, config: Any = (), **kwargs: Any) -> Any:
-        async def call() -> Any:
-            async with AsyncInferPipe(
-                transport=httpx.MockTransport(server),
-                sleep=server.async_sleep,
-                jitter=lambda: 0.5,
-                **dict(config),
-            ) as client:
-                return await getattr(client, method)(*args, **kwargs)
-
-        return asyncio.run(call())
-
-    return ask_sync if request.param == "sync" else ask_async
-
-
-def problem(status: int, code: str, **members: Any) -> httpx.Response:
-    body = {"type": "about:blank", "title": "T", "status": status, "detail": "D", "code": code}
-    headers = members.pop("headers", {})
-    return httpx.Response(
-        status,
-        headers={"content-type": "application/problem+json", **headers},
-        content=json.dumps({**body, "requestId": "r1", **members}),
-    )
-
-
-def ok(body: object = RESULT, status: int = 200) -> httpx.Response:
-    return httpx.Response(status, json=body)
+    return asker(request.param)
 
 
 def test_execute_sends_the_contracts_request(ask: Ask) -> None:
@@ -225,9 +160,6 @@ def test_foreign_error_body_is_quoted(ask: Ask, answer: httpx.Response, text: st
 def test_unreadable_success_is_a_protocol_error(ask: Ask, content: bytes) -> None:
     with pytest.raises(InferPipeProtocolError, match="is base_url an inferpipe server"):
         ask(Server([httpx.Response(200, content=content)]), "execute", "w", {})
-
-
-DOWN = httpx.ConnectError("refused")
 
 
 @pytest.mark.parametrize(
@@ -367,16 +299,3 @@ def test_key_does_not_show() -> None:
     client = InferPipe("secret-key-0123456", http_options=HttpOptions(connections_max=1))
     assert "secret" not in repr(client) + repr(vars(client)) + repr(client._runner._config)
     client.close()
-
-
-def test_twins_have_the_same_methods() -> None:
-    def public(client: type) -> dict[str, list[str]]:
-        return {
-            name.removeprefix("a") if name == "aclose" else name: list(
-                inspect.signature(member).parameters
-            )
-            for name, member in vars(client).items()
-            if inspect.isfunction(member) and not name.startswith("_")
-        }
-
-    assert public(InferPipe) == public(AsyncInferPipe)

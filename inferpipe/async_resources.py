@@ -1,0 +1,236 @@
+"""`resources` for asyncio: the same methods, to be awaited.
+
+Owns nothing that `resources` does not explain. Invariant: it is `resources` word for word, but for
+`async` and `await`; a test compares the two.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal, Unpack
+
+from inferpipe import _operations as operations
+from inferpipe._calls import execution_call
+from inferpipe._http import AsyncRunner
+from inferpipe._operations import Definition, WebhookOptions
+from inferpipe.streams import AsyncExecutionStream
+from inferpipe.wire import (
+    DeliveryView,
+    ExecutionInfo,
+    ExecutionRecord,
+    ExecutionStatus,
+    KeyView,
+    StreamTokenView,
+    Validation,
+    WebhookSecret,
+    WebhookView,
+    WorkflowView,
+    WorkspaceView,
+)
+
+
+class AsyncExecutions:
+    """`client.executions`: look at, follow and steer what has been started."""
+
+    def __init__(self, runner: AsyncRunner) -> None:
+        self._runner = runner
+
+    async def get(self, execution_id: str) -> ExecutionRecord:
+        """Return all that is known of an execution now."""
+        return await self._runner.ask(operations.get_execution(execution_id))
+
+    def list(
+        self,
+        *,
+        workflow_id: str | None = None,
+        status: ExecutionStatus | None = None,
+        page_size: int | None = None,
+    ) -> AsyncIterator[ExecutionRecord]:
+        """Yield executions, newest first, without their `data` and `steps`."""
+        return self._runner.items(
+            lambda cursor: operations.list_executions(workflow_id, status, page_size, cursor)
+        )
+
+    async def cancel(self, execution_id: str) -> None:
+        """Ask for a cancellation; ConflictError where the execution has ended already."""
+        await self._runner.ask(operations.cancel_execution(execution_id))
+
+    async def retry(self, execution_id: str, *, from_step: str | None = None) -> ExecutionInfo:
+        """Run an ended execution again as a new one.
+
+        Args:
+            execution_id: of an execution that has ended.
+            from_step: the results of the steps before it are kept.
+        """
+        return await self._runner.ask(operations.retry_execution(execution_id, from_step))
+
+    async def signal(self, execution_id: str, name: str, data: Any = None) -> None:
+        """Answer the step that waits for the signal of this name."""
+        await self._runner.ask(operations.signal_execution(execution_id, name, data))
+
+    def follow(self, execution_id: str, *, after: int | None = None) -> AsyncExecutionStream:
+        """Return a stream of an execution that was started elsewhere.
+
+        Args:
+            execution_id: it may have ended: then its events are read from the journal.
+            after: the id of the last event that was seen; None begins with the first.
+        """
+        call = execution_call(execution_id, "/stream")
+        return AsyncExecutionStream(call, self._runner, execution_id, after)
+
+
+class AsyncWorkflows:
+    """`client.workflows`: definitions by immutable version."""
+
+    def __init__(self, runner: AsyncRunner) -> None:
+        self._runner = runner
+
+    async def put(self, workflow_id: str, definition: Definition) -> WorkflowView:
+        """Store a definition as the next version; an unchanged one keeps its version.
+
+        Args:
+            workflow_id: the definition's `id`, if it has one, must be the same.
+            definition: an object, or the text of a YAML file.
+
+        Raises:
+            UnprocessableError: `problem.errors` says which step is wrong and why.
+        """
+        return await self._runner.ask(operations.put_workflow(workflow_id, definition))
+
+    async def get(self, workflow_id: str, *, version: int | None = None) -> WorkflowView:
+        """Return a definition, the latest version where none is named."""
+        return await self._runner.ask(operations.get_workflow(workflow_id, version))
+
+    def list(self) -> AsyncIterator[WorkflowView]:
+        """Yield the latest versions of the workspace's own and of the shipped definitions."""
+        return self._runner.items(operations.list_workflows)
+
+    def versions(self, workflow_id: str) -> AsyncIterator[WorkflowView]:
+        """Yield every version of a definition, newest first."""
+        return self._runner.items(lambda cursor: operations.list_versions(workflow_id, cursor))
+
+    async def delete(self, workflow_id: str) -> None:
+        """Remove a definition; running executions keep theirs."""
+        await self._runner.ask(operations.delete_workflow(workflow_id))
+
+    async def validate(self, workflow_id: str, definition: Definition) -> Validation:
+        """Check a definition without storing it."""
+        return await self._runner.ask(operations.validate_workflow(workflow_id, definition))
+
+
+class AsyncKeys:
+    """`client.keys`: who may call; needs an admin key."""
+
+    def __init__(self, runner: AsyncRunner) -> None:
+        self._runner = runner
+
+    async def create(
+        self,
+        name: str,
+        scopes: Sequence[Literal["read", "execute", "admin"]],
+        *,
+        expires_at: datetime | None = None,
+    ) -> KeyView:
+        """Make a key of the caller's workspace; `key` holds it, here and never again."""
+        return await self._runner.ask(operations.create_key(name, scopes, expires_at))
+
+    def list(self) -> AsyncIterator[KeyView]:
+        """Yield the keys of the workspace, without the keys themselves."""
+        return self._runner.items(operations.list_keys)
+
+    async def revoke(self, key_id: str) -> None:
+        """Make a key worthless, everywhere within a second."""
+        await self._runner.ask(operations.revoke_key(key_id))
+
+
+class AsyncWorkspaces:
+    """`client.workspaces`: tenants; needs an admin key of the first workspace."""
+
+    def __init__(self, runner: AsyncRunner) -> None:
+        self._runner = runner
+
+    async def create(self, workspace_id: str, *, name: str | None = None) -> WorkspaceView:
+        """Make a workspace; `api_key` holds its first admin key, here and never again."""
+        return await self._runner.ask(operations.create_workspace(workspace_id, name))
+
+    def list(self) -> AsyncIterator[WorkspaceView]:
+        """Yield all workspaces, by id."""
+        return self._runner.items(operations.list_workspaces)
+
+
+class AsyncWebhooks:
+    """`client.webhooks`: endpoints that hear of what ends, and what was sent to them."""
+
+    def __init__(self, runner: AsyncRunner) -> None:
+        self._runner = runner
+
+    async def create(
+        self, url: str, events: Sequence[str], **options: Unpack[WebhookOptions]
+    ) -> WebhookView:
+        """Make an endpoint; `secret` holds its signing secret, here and at its rotation only.
+
+        Args:
+            url: refused where the server may not call it.
+            events: such as `workflow.completed`, or `["*"]` for all.
+            options: what else there is to say of it.
+        """
+        return await self._runner.ask(operations.create_webhook(url, events, options))
+
+    async def get(self, webhook_id: str) -> WebhookView:
+        """Return an endpoint."""
+        return await self._runner.ask(operations.get_webhook(webhook_id))
+
+    def list(self) -> AsyncIterator[WebhookView]:
+        """Yield the endpoints of the workspace."""
+        return self._runner.items(operations.list_webhooks)
+
+    async def update(self, webhook_id: str, changes: Mapping[str, Any]) -> WebhookView:
+        """Change some of `url, events, modes, workflow_id, description, headers, enabled`."""
+        return await self._runner.ask(operations.update_webhook(webhook_id, changes))
+
+    async def delete(self, webhook_id: str) -> None:
+        """Remove an endpoint; what is due to it is dropped."""
+        await self._runner.ask(operations.delete_webhook(webhook_id))
+
+    async def test(self, webhook_id: str) -> None:
+        """Send it a `webhook.test`."""
+        await self._runner.ask(operations.test_webhook(webhook_id))
+
+    async def rotate_secret(
+        self, webhook_id: str, *, overlap_ms: int | None = None
+    ) -> WebhookSecret:
+        """Make a new secret; for `overlap_ms` deliveries carry a signature of the old one too."""
+        return await self._runner.ask(operations.rotate_secret(webhook_id, overlap_ms))
+
+    def deliveries(
+        self, webhook_id: str, *, page_size: int | None = None
+    ) -> AsyncIterator[DeliveryView]:
+        """Yield what was sent to an endpoint, newest first."""
+        return self._runner.items(
+            lambda cursor: operations.list_deliveries(webhook_id, page_size, cursor)
+        )
+
+    async def replay(
+        self,
+        webhook_id: str,
+        *,
+        status: Literal["pending", "delivered", "failed", "dead"] | None = None,
+        from_: datetime | None = None,
+        to: datetime | None = None,
+    ) -> None:
+        """Send an endpoint's deliveries again: those of a status, made between two moments."""
+        await self._runner.ask(operations.replay_webhook(webhook_id, status, from_, to))
+
+    async def replay_delivery(self, delivery_id: str) -> None:
+        """Send one delivery again, whatever became of it."""
+        await self._runner.ask(operations.replay_delivery(delivery_id))
+
+
+class AsyncStreamTokens:
+    """`client.stream_tokens`: for browsers, whose `EventSource` sends no header."""
+
+    def __init__(self, runner: AsyncRunner) -> None:
+        self._runner = runner
+
+    async def create(self, resource: str, *, ttl_s: int | None = None) -> StreamTokenView:
+        """Make a short-lived token for `?token=`, good for one path such as `/stream/user/u1`."""
+        return await self._runner.ask(operations.create_stream_token(resource, ttl_s))
