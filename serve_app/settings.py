@@ -84,6 +84,21 @@ class Settings(BaseSettings):
         4096, ge=1, description="Requests and open streams in one ingress replica."
     )
 
+    sockets_max: int = Field(1000, ge=1, description="WebSockets in one ingress replica.")
+    socket_requests_max: int = Field(64, ge=1, description="Requests at once on one WebSocket.")
+    socket_message_bytes_max: int = Field(
+        1 << 20, ge=1024, le=16 << 20, description="Largest message a WebSocket takes."
+    )
+    socket_auth_s: float = Field(
+        10.0, gt=0, description="A WebSocket that has not said who it is by then is closed."
+    )
+    socket_idle_s: float = Field(
+        600.0, gt=0, description="A WebSocket without a message or a request is closed after it."
+    )
+    socket_stall_s: float = Field(
+        30.0, gt=0, description="A WebSocket client that reads nothing for so long is cut off."
+    )
+
     redis_url: SecretStr = Field(
         SecretStr(""), description="redis:// or rediss:// address; none: the embedded server."
     )

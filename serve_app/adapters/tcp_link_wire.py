@@ -329,7 +329,8 @@ def _error_types() -> dict[str, type[ServeAppError]]:
     waiting: list[type[ServeAppError]] = [ServeAppError]
     while waiting:
         error_type = waiting.pop()
-        found[error_type.code.value] = error_type
+        if error_type.__module__ == ServeAppError.__module__:  # others take other arguments
+            found[error_type.code.value] = error_type
         waiting.extend(error_type.__subclasses__())
     return found
 

@@ -23,7 +23,8 @@ FIELD_DEPTH_MAX = 6  # levels of nested values that a line shows; deeper, and en
 
 _HANDLER_NAME = "inferpipe"
 # They log the URL of each request at INFO, and a stream token stands in the query of some.
-_TALKATIVE_LOGGERS = ("httpx", "httpcore")
+# uvicorn's tells of each WebSocket with its query, where a token may stand.
+_TALKATIVE_LOGGERS = ("httpx", "httpcore", "uvicorn.error")
 _OWN_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 _context: ContextVar[Mapping[str, object]] = ContextVar("log_context", default=MappingProxyType({}))

@@ -170,6 +170,12 @@ class IdempotencyInProgressError(ServeAppError):
     code = ErrorCode.IDEMPOTENCY_IN_PROGRESS
 
 
+class RateLimitExceededError(ServeAppError):
+    """More was asked than the caller's limit allows; asking later helps."""
+
+    code = ErrorCode.RATE_LIMIT_EXCEEDED
+
+
 class OverloadedError(ServeAppError):
     """Admission refused: a queue bound is reached. Nothing was accepted."""
 

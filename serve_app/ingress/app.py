@@ -15,7 +15,7 @@ from typing import TypeVar
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -53,6 +53,7 @@ class Services:
     settings: Settings
     version: str
     is_behind_serve: bool = True
+    sockets: set[HTTPConnection] = field(default_factory=set)
     loose_ends: set[asyncio.Task[object]] = field(default_factory=set)
 
     def detached(self, work: Coroutine[object, object, Value]) -> asyncio.Task[Value]:
@@ -76,6 +77,7 @@ class _HttpError(ServeAppError):
 
 def create_app(services: Services) -> FastAPI:
     """The application over ready services."""
+    from serve_app.ingress.compat import websocket  # noqa: PLC0415 - as below
     from serve_app.ingress.routes import (  # noqa: PLC0415 - routes import Services
         executions,
         health,
@@ -97,6 +99,7 @@ def create_app(services: Services) -> FastAPI:
         keys,
         stream_tokens,
         health,
+        websocket,
     ):
         app.include_router(routes.router)
     app.add_exception_handler(ServeAppError, _on_error)
@@ -118,9 +121,9 @@ def create_app(services: Services) -> FastAPI:
     return app
 
 
-def services_of(request: Request) -> Services:
-    """The services of the application that a request came to."""
-    services: Services = request.app.state.services
+def services_of(connection: HTTPConnection) -> Services:
+    """The services of the application that a request or a socket came to."""
+    services: Services = connection.app.state.services
     return services
 
 

@@ -26,14 +26,30 @@ class Authenticator:
         self._developer = Principal(settings.workspace_id, Scope.EXECUTE, "dev")
         self._is_dev = settings.dev
 
-    async def principal(self, request: HTTPConnection, scope: Scope) -> Principal:
+    def has_key(self, request: HTTPConnection) -> bool:
+        """Whether a header says who asks; what it says may change, if the key is revoked."""
+        return bool(_key(request))
+
+    def is_anonymous(self, request: HTTPConnection) -> bool:
+        """Whether nothing says who asks, and it cannot be told without."""
+        is_named = self.has_key(request) or bool(request.query_params.get("token"))
+        return not is_named and not (self._is_dev and _is_local(request))
+
+    async def principal(
+        self, request: HTTPConnection, scope: Scope, sent_key: str = ""
+    ) -> Principal:
         """Who asks, by a request or a socket's handshake: a key wins over a token.
+
+        Args:
+            request: an HTTP request or a socket's handshake.
+            scope: what the caller must be allowed to do.
+            sent_key: from a message; it wins over what the handshake said.
 
         Raises:
             UnauthorizedError: no key, or one that is not known.
             ForbiddenError: the key lacks the scope, or belongs to another workspace.
         """
-        if key := _key(request):
+        if key := sent_key or _key(request):
             found = await self.of_key(key)
         elif token := request.query_params.get("token"):
             found = self.of_token(token, request.scope["path"])

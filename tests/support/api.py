@@ -70,7 +70,9 @@ class Api:
 
 
 @asynccontextmanager
-async def running_api(url: str, data_dir: Path, **given: object) -> AsyncIterator[Api]:
+async def running_api(
+    url: str, data_dir: Path, inference: Inference | None = None, **given: object
+) -> AsyncIterator[Api]:
     """The application over an emptied store, with one executor."""
     async with Redis.from_url(url) as client:
         await client.flushall()
@@ -85,7 +87,7 @@ async def running_api(url: str, data_dir: Path, **given: object) -> AsyncIterato
     )
     clock, entropy = SystemClock(), SystemEntropy()
     stores = connect(settings, clock)
-    inference = Inference(ScriptedPlane(), ScriptedPlane())
+    inference = inference or Inference(ScriptedPlane(), ScriptedPlane())
     services = compose(settings, stores, inference, clock, entropy)
     await publish(services)
     types = step_types(inference, JsonSchemas(), entropy)
