@@ -12,6 +12,8 @@ from serve_app.adapters.redis_config import RedisKeys
 from serve_app.adapters.redis_connect import RedisConnections
 from serve_app.adapters.redis_idempotency import RedisIdempotency
 from serve_app.adapters.redis_replicas import RedisReplicas
+from serve_app.adapters.redis_store import DAY_MS
+from serve_app.adapters.redis_usage import RedisUsage
 from serve_app.core.auth import SHOWN_CHARACTERS, KeyRecord, Scope
 from serve_app.ingress.app import Services
 from serve_app.ingress.auth import Authenticator
@@ -56,6 +58,11 @@ def compose(
         catalog=catalog,
         keys=keys,
         idempotency=RedisIdempotency(stores.calls),
+        usage=RedisUsage(
+            stores.calls,
+            partition_count=settings.partitions,
+            kept_ms=settings.usage_retention_days * DAY_MS,
+        ),
         authenticator=Authenticator(keys, clock, settings),
         inference=inference,
         health=Health(stores.store, registry, clock, has_models=settings.model_replicas > 0),

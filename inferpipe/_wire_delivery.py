@@ -130,17 +130,30 @@ class StreamTokenView(WireModel):
 
 
 class UsageItem(WireModel):
-    """What one workflow, key or day has used; which of them depends on `groupBy`."""
+    """What one workflow, key or day has used; which of them depends on `groupBy`.
+
+    `cached_tokens` are a part of the prompt's, `wasted_tokens` of the total: attempts that gave no
+    result, by reason in `wasted`.
+    """
 
     model_config = ConfigDict(extra="allow")
 
+    workflow: str | None = None
+    key: str | None = None
+    day: str | None = None
+    requests: Count = 0
     prompt_tokens: Count = 0
+    cached_tokens: Count = 0
     completion_tokens: Count = 0
     total_tokens: Count = 0
+    wasted_tokens: Count = 0
+    wasted: dict[str, Count] = Field(default_factory=dict)
 
 
 class UsageReport(WireModel):
-    """Tokens of the workspace between two moments."""
+    """Tokens of the workspace from one UTC day to another, both included."""
 
+    from_: Annotated[str | None, Field(alias="from")] = None
+    to: str | None = None
     items: list[UsageItem] = Field(default_factory=list)
     totals: UsageItem = Field(default_factory=UsageItem)

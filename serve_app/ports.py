@@ -17,6 +17,7 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from datetime import date
 from enum import StrEnum
 from typing import Protocol
 
@@ -42,6 +43,7 @@ from serve_app.core.journal import (
     StoredEvent,
 )
 from serve_app.core.routing import ReplicaReport
+from serve_app.core.usage import Spending, UsageRow
 from serve_app.core.workflow import Workflow
 
 
@@ -452,6 +454,22 @@ class Idempotency(Protocol):
 
     async def drop(self, scope: tuple[str, ...], claim_id: str) -> None:
         """Give the claim up: the work was refused, and a repeat may do it."""
+        ...
+
+
+class UsageLedger(Protocol):
+    """Tokens by workspace, day, workflow and key. The commit that ends an execution counts it."""
+
+    async def add(self, spending: Spending) -> None:
+        """Count a call that was no execution; a second entry of the same id counts nothing."""
+        ...
+
+    async def rows(self, workspace: str, first: date, last: date) -> Sequence[UsageRow]:
+        """Counts of the days from `first` to `last`, both included; several for the same names."""
+        ...
+
+    async def spent_tokens(self, workspace: str, key_id: str) -> int:
+        """What a key has ever spent; it only grows, but for a key idle for a month."""
         ...
 
 

@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     retention_s: int = Field(
         7 * 86400, ge=60, description="How long an ended execution can be read."
     )
+    usage_retention_days: int = Field(
+        400, ge=1, le=3660, description="How long token counts can be read at `/v1/usage`."
+    )
 
     ingress_replicas: int = Field(1, ge=1, description="HTTP processes.")
     executor_replicas: int = Field(2, ge=1, description="Two, so that one takes over at once.")

@@ -11,7 +11,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from serve_app.adapters.redis_calls import RedisCalls
-from serve_app.adapters.redis_store import RedisStore
+from serve_app.adapters.redis_store import DAY_MS, RedisStore
 from serve_app.ports import Clock
 from serve_app.settings import Settings
 
@@ -40,6 +40,7 @@ def connect(settings: Settings, clock: Clock) -> RedisConnections:
         partition_count=settings.partitions,
         backlog_max=settings.backlog_max,
         retention_ms=settings.retention_s * 1000,
+        usage_kept_ms=settings.usage_retention_days * DAY_MS,
     )
     # Subscriptions wait without end for their next message, so their client has no time-out.
     return RedisConnections(_client(settings, None), calls, store)

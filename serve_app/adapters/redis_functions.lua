@@ -15,6 +15,8 @@
 --   p:ix:<ws>[:wf:<id>|:st:<status>]  zset  executions by creation time
 --   p:outbox               stream  messages for other partitions; p:seen zset, message ids applied here
 --   p:log:<name>           stream  what the relay delivered here
+--   p:use:<ws>:<day>       hash    usage counters by workflow and key; INFERPIPE_USAGE_RETENTION_DAYS
+--   p:spent:<ws>           hash    key id -> tokens it ever spent here; expires 32 days after the last
 --   p:in:<ingress>, p:w:<worker>, p:bell   sharded channels
 --   ip:{config}:wf:<ws>:<id>  hash  version -> definition, at:<version>, latest (live), last (ever)
 --   ip:{config}:wfs:<ws>      set   ids of live definitions
@@ -29,6 +31,7 @@ local WATCHERS_MAX = 8        -- ingresses told of one execution; the oldest is 
 local DUE_MAX = 128           -- timers fired in one heartbeat; the rest by the next, at once
 local SEEN_TTL_MS = 86400000  -- a message is de-duplicated for a day, far beyond any relay's retry
 local PUBLISH_MAX = 65536     -- bytes of events carried by a bell; beyond it the reader reads
+local SPENT_TTL_MS = 2764800000  -- longer than the longest window of a key's limit
 local LOG_MAX = 1000          -- entries kept of a relayed log
 
 local function now_ms()
@@ -95,6 +98,32 @@ local function append(p, eid, seq, commit_id, args, at, n)
   return events, size, at
 end
 
+-- Count what an execution or a call used; nine arguments from `at`:
+-- day ttl_ms counter_prefix key prompt cached completion wasted_name wasted
+local function book(p, ws, args, at)
+  local use, prefix = p .. ':use:' .. ws .. ':' .. args[at], args[at + 2]
+  local counts = {
+    {'requests', '1'}, {'prompt', args[at + 4]}, {'cached', args[at + 5]},
+    {'completion', args[at + 6]}, {args[at + 7], args[at + 8]},
+  }
+  for _, c in ipairs(counts) do
+    if c[2] ~= '0' then redis.call('HINCRBY', use, prefix .. c[1], c[2]) end
+  end
+  redis.call('PEXPIRE', use, args[at + 1])
+  local tokens = tonumber(args[at + 4]) + tonumber(args[at + 6])
+  if args[at + 3] ~= '' and tokens > 0 then
+    redis.call('HINCRBY', p .. ':spent:' .. ws, args[at + 3], text(tokens))
+    redis.call('PEXPIRE', p .. ':spent:' .. ws, SPENT_TTL_MS)
+  end
+end
+
+local function is_new(p, message_id)
+  local now = now_ms()
+  if redis.call('ZADD', p .. ':seen', 'NX', text(now), message_id) == 0 then return false end
+  redis.call('ZREMRANGEBYSCORE', p .. ':seen', '-inf', text(now - SEEN_TTL_MS))
+  return true
+end
+
 -- create: eid commit_id data ws workflow created_ms priority watcher backlog_max fields_n (name value)*
 local function create(keys, args)
   local p, eid = keys[1], args[1]
@@ -113,7 +142,7 @@ local function create(keys, args)
 end
 
 -- commit: eid commit_id expected token status verb arg events_n (kind data)* fields_n (name value)*
---         out_n (message_id target body)*
+--         out_n (message_id target body)* [what `book` takes, with verb end]
 -- verb: keep | park (arg: wake ms) | end (arg: retention ms) | append (by somebody else than the owner)
 local function commit(keys, args)
   local p, eid, commit_id, token, verb = keys[1], args[1], args[2], args[4], args[6]
@@ -157,6 +186,7 @@ local function commit(keys, args)
   elseif verb == 'end' then
     redis.call('PEXPIRE', s, args[7])
     redis.call('PEXPIRE', p .. ':j:' .. eid, args[7])
+    book(p, h[4], args, at + 1)
   end
   tell(p, h[6], verb == 'append' and worker, eid, seq + 1, events, size)
   if verb == 'append' and owner == '' then
@@ -259,10 +289,16 @@ end
 
 -- apply: message_id log body -> 1 when it is new here
 local function apply(keys, args)
-  local p, now = keys[1], now_ms()
-  if redis.call('ZADD', p .. ':seen', 'NX', text(now), args[1]) == 0 then return 0 end
-  redis.call('ZREMRANGEBYSCORE', p .. ':seen', '-inf', text(now - SEEN_TTL_MS))
+  local p = keys[1]
+  if not is_new(p, args[1]) then return 0 end
   redis.call('XADD', p .. ':log:' .. args[2], 'MAXLEN', '~', LOG_MAX, '*', 'm', args[1], 'b', args[3])
+  return 1
+end
+
+-- spend: id ws, then what `book` takes -> 1 when the entry is new
+local function spend(keys, args)
+  if not is_new(keys[1], args[1]) then return 0 end
+  book(keys[1], args[2], args, 3)
   return 1
 end
 
@@ -294,5 +330,6 @@ redis.register_function('ip1_owned', owned)
 redis.register_function('ip1_watch', watch)
 redis.register_function('ip1_reap', function(keys, args) return reap(keys[1], args[1]) end)
 redis.register_function('ip1_apply', apply)
+redis.register_function('ip1_spend', spend)
 redis.register_function('ip1_define', define)
 redis.register_function('ip1_undefine', undefine)

@@ -15,6 +15,7 @@ from serve_app.adapters.event_codec import (
     encode_event,
 )
 from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_usage import booking_args
 from serve_app.core.errors import OverloadedError
 from serve_app.core.execution import Execution, ExecutionCreated, Status, new_execution
 from serve_app.core.journal import (
@@ -29,8 +30,10 @@ from serve_app.core.journal import (
     StoredEvent,
     partition_of,
 )
+from serve_app.core.usage import spending_of
 from serve_app.ports import Accepted, ListQuery
 
+DAY_MS = 24 * 3600 * 1000
 _SAME_MS_MAX = 64  # executions of one millisecond in one partition; far above what it can accept
 
 
@@ -43,12 +46,19 @@ class RedisStore:
     """Journals in Redis, one slot per partition."""
 
     def __init__(
-        self, calls: RedisCalls, *, partition_count: int, backlog_max: int, retention_ms: int
+        self,
+        calls: RedisCalls,
+        *,
+        partition_count: int,
+        backlog_max: int,
+        retention_ms: int,
+        usage_kept_ms: int = 400 * DAY_MS,
     ) -> None:
         self._calls = calls
         self._partition_count = partition_count
         self._backlog_max = backlog_max
         self._retention_ms = retention_ms
+        self._usage_kept_ms = usage_kept_ms
 
     @property
     def partition_count(self) -> int:
@@ -105,6 +115,8 @@ class RedisStore:
         for message in commit.outgoing:
             target = f"{message.target_partition}:{message.log}"
             args.extend((message.message_id, target, message.body))
+        if verb == "end":
+            args.extend(booking_args(spending_of(after), self._usage_kept_ms))
         answer = await self._calls.fcall("ip1_commit", self._key(after.id), *args)
         if answer[0] == b"new":
             return Committed(ready_depth=int(answer[1]))

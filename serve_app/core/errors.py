@@ -122,6 +122,18 @@ class ForbiddenError(ServeAppError):
     code = ErrorCode.FORBIDDEN
 
 
+class NotFoundError(ServeAppError):
+    """There is no such path."""
+
+    code = ErrorCode.NOT_FOUND
+
+
+class MethodNotAllowedError(ServeAppError):
+    """The path is there, but not for this method."""
+
+    code = ErrorCode.METHOD_NOT_ALLOWED
+
+
 class UnknownWorkflowError(ServeAppError):
     """No workflow of this id is visible in the workspace."""
 

@@ -57,6 +57,7 @@ class ExecutionCreated:
         request_hash: of the body that came with an Idempotency-Key, to tell a repeat from a
             conflict.
         kept: outputs of steps that a retry takes from the execution it retries.
+        key_id: of the key that asked, for the usage ledger; never the key.
     """
 
     at_ms: int
@@ -72,6 +73,7 @@ class ExecutionCreated:
     retry_of: str | None = None
     request_hash: str | None = None
     kept: Mapping[str, JsonValue] = field(default_factory=dict)
+    key_id: str | None = None
 
     @property
     def deadline_ms(self) -> int | None:
@@ -270,6 +272,7 @@ class StepState:
         wake_at_ms: set while `retrying`.
         usage: summed over attempts, failed ones included.
         losses: times its worker or replica was lost under it.
+        wasted_tokens: the part of `usage` that went into attempts without a result.
     """
 
     status: StepStatus
@@ -282,6 +285,7 @@ class StepState:
     usage: Usage = NO_USAGE
     wake_at_ms: int | None = None
     losses: int = 0
+    wasted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +315,11 @@ class Execution:
     def usage(self) -> Usage:
         """Tokens of all steps and attempts."""
         return sum((step.usage for step in self.steps.values()), Usage())
+
+    @property
+    def wasted_tokens(self) -> int:
+        """The part of `usage` that went into attempts without a result."""
+        return sum(step.wasted_tokens for step in self.steps.values())
 
 
 def new_execution(execution_id: str, created: ExecutionCreated) -> Execution:
@@ -394,7 +403,12 @@ def _with_step(execution: Execution, event: Event) -> Execution:
             step = _running(execution, step_id)
             status = StepStatus.CANCELLED if code == "CANCELLED" else StepStatus.FAILED
             failed = replace(
-                step, status=status, completed_at_ms=at_ms, error=error, usage=step.usage + usage
+                step,
+                status=status,
+                completed_at_ms=at_ms,
+                error=error,
+                usage=step.usage + usage,
+                wasted_tokens=step.wasted_tokens + usage.total_tokens,
             )
             return _put(execution, step_id, failed)
         case _:
@@ -422,6 +436,7 @@ def _retrying(execution: Execution, event: StepRetrying) -> Execution:
         tries=tries,
         error=event.error,
         usage=step.usage + event.usage,
+        wasted_tokens=step.wasted_tokens + event.usage.total_tokens,
         attempt=event.attempt,
         wake_at_ms=event.wake_at_ms,
         losses=step.losses + (not is_new_attempt),

@@ -19,10 +19,15 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.core.errors import ErrorCode, ServeAppError
+from serve_app.core.errors import (
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+    ServeAppError,
+)
 from serve_app.ingress.auth import Authenticator
 from serve_app.ingress.errors import problem_response
-from serve_app.ports import Clock, Entropy, Idempotency, KeyRing, WorkflowCatalog
+from serve_app.ports import Clock, Entropy, Idempotency, KeyRing, UsageLedger, WorkflowCatalog
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
@@ -45,6 +50,7 @@ class Services:
     catalog: WorkflowCatalog
     keys: KeyRing
     idempotency: Idempotency
+    usage: UsageLedger
     authenticator: Authenticator
     health: Health
     inference: Inference
@@ -64,17 +70,6 @@ class Services:
         return task
 
 
-class _HttpError(ServeAppError):
-    """An error of the framework itself: no route, wrong method."""
-
-    def __init__(self, code: ErrorCode, detail: str) -> None:
-        super().__init__(code, detail)
-        self.code = code
-
-    def __str__(self) -> str:
-        return str(self.args[1])
-
-
 def create_app(services: Services) -> FastAPI:
     """The application over ready services."""
     from serve_app.ingress.compat import websocket  # noqa: PLC0415 - as below
@@ -83,6 +78,7 @@ def create_app(services: Services) -> FastAPI:
         health,
         keys,
         stream_tokens,
+        usage,
         workflows,
     )
 
@@ -98,6 +94,7 @@ def create_app(services: Services) -> FastAPI:
         workflows,
         keys,
         stream_tokens,
+        usage,
         health,
         websocket,
     ):
@@ -134,12 +131,13 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for this class alone"
+    refusal: ServeAppError
     if error.status_code == 405:  # noqa: PLR2004 - the status itself
-        refusal = _HttpError(ErrorCode.METHOD_NOT_ALLOWED, f"{request.method} is not allowed here")
+        refusal = MethodNotAllowedError(f"{request.method} is not allowed here")
     elif error.status_code == 404:  # noqa: PLR2004 - the status itself
-        refusal = _HttpError(ErrorCode.NOT_FOUND, f"there is no {request.url.path}")
+        refusal = NotFoundError(f"there is no {request.url.path}")
     else:
-        refusal = _HttpError(ErrorCode.INVALID_REQUEST, str(error.detail))
+        refusal = InvalidRequestError(str(error.detail))
     answer = problem_response(refusal, request.state.request_id)
     answer.headers.update(error.headers or {})
     return answer
@@ -203,7 +201,7 @@ class _RequestIds:
 
 
 def _internal(scope: Scope) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
-    error = _HttpError(ErrorCode.INTERNAL, "internal error; the log has it under this request id")
+    error = ServeAppError("internal error; the log has it under this request id")
     return problem_response(error, scope["state"]["request_id"])
 
 

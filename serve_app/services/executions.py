@@ -60,6 +60,7 @@ class Submission:
     metadata: Mapping[str, JsonValue] = field(default_factory=dict)
     user_id: str | None = None
     priority: int = 0
+    key_id: str | None = None
     idempotency_key: str | None = None
     request_hash: str | None = None
 
@@ -70,6 +71,7 @@ class RetryWish:
 
     from_step: str | None = None
     idempotency_key: str | None = None
+    key_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,7 @@ class Executions:
             retry_of=original.id,
             request_hash=None if wish.idempotency_key is None else (wish.from_step or ""),
             kept=kept_for_retry(original, workflow, wish.from_step),
+            key_id=wish.key_id,
         )
         new_id = self.new_id(workspace, f"retry/{an_execution_id}", wish.idempotency_key)
         return await self._create(new_execution(new_id, created))
@@ -228,6 +231,7 @@ class Executions:
             retry=workflow.retry if submission.retry is None else submission.retry,
             priority=submission.priority,
             request_hash=submission.request_hash,
+            key_id=submission.key_id,
         )
         return new_execution(submission.execution_id, created)
 

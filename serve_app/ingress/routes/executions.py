@@ -217,7 +217,9 @@ async def retry_execution(request: Request, execution_id: str) -> Response:
     """`?fromStep=` keeps the results of the steps before it."""
     services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.EXECUTE)
-    wish = RetryWish(request.query_params.get("fromStep"), idempotency_key(request))
+    wish = RetryWish(
+        request.query_params.get("fromStep"), idempotency_key(request), principal.key_id
+    )
     started = await services.executions.retry(principal.workspace, execution_id, wish)
     info = {
         "id": started.execution.id,
@@ -248,6 +250,7 @@ async def _submission(request: Request, services: Services) -> Submission:
         metadata=wish.metadata or {},
         user_id=wish.user_id,
         priority=wish.priority or 0,
+        key_id=principal.key_id,
         idempotency_key=key,
         request_hash=None if key is None else body_hash(value),
     )
