@@ -1,6 +1,7 @@
 """The model replica: one engine, its link, and its reports."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from ray import serve
@@ -15,9 +16,10 @@ from serve_app.adapters.telemetry import configure_logging
 from serve_app.adapters.vllm_engine import EngineSettings, VllmEngine
 from serve_app.core.inference import ReplicaLoad
 from serve_app.core.routing import ReplicaReport
+from serve_app.services.metering import MeteredEngine
 from serve_app.settings import Settings
 
-REPORT_S = 0.5
+REPORTS_PER_S = 20  # at the most, where there is news; two without
 LAST_LINES = 15
 
 
@@ -42,11 +44,14 @@ class ModelReplica:
         log_path = settings.data_dir / "logs" / f"engine-{self._replica_id}.log"
         _redirect_output(log_path)
         try:
-            self._engine = VllmEngine.start(_engine_settings(settings), self._clock)
+            engine = VllmEngine.start(_engine_settings(settings), self._clock)
         except Exception as error:
             detail = f"{_last_lines(log_path)}\n{type(error).__name__}: {error}".strip()
             announce_start(redis_url, self._report("failed", detail))
             raise
+        self._engine = MeteredEngine(
+            engine, self._clock, region=settings.region, stake=settings.stake
+        )
         self._stores = connect(settings, self._clock)
         self._registry = RedisReplicas(self._stores.client, self._stores.calls, self._clock)
         secret = settings.cluster_secret.get_secret_value().encode()
@@ -64,8 +69,12 @@ class ModelReplica:
 
     async def _report_load(self) -> None:
         while True:
-            await self._registry.announce(self._report("ready", load=self._server.load()))
-            await self._clock.sleep(REPORT_S)
+            report = self._report("ready", load=self._server.load())
+            await self._registry.announce(replace(report, news=self._engine.take_news()))
+            for _ in range(REPORTS_PER_S // 2):
+                await self._clock.sleep(1 / REPORTS_PER_S)
+                if self._engine.has_news:
+                    break
 
     def _report(
         self, phase: str, detail: str = "", load: ReplicaLoad | None = None

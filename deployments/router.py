@@ -5,9 +5,10 @@ from ray import serve
 from deployments.background import Background
 from serve_app.adapters.redis_connect import connect
 from serve_app.adapters.redis_replicas import RedisReplicas
-from serve_app.adapters.system import SystemClock
+from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.telemetry import configure_logging
 from serve_app.core.inference import AdmitRequest, Grant
+from serve_app.core.routing import Decision
 from serve_app.services.routing import Router
 from serve_app.settings import Settings
 
@@ -28,13 +29,17 @@ class RouterDeployment:
         self._stores = connect(settings, clock)
         registry = RedisReplicas(self._stores.client, self._stores.calls, clock)
         secret = settings.cluster_secret.get_secret_value().encode()
-        self._router = Router(registry, secret, clock)
+        self._router = Router(registry, secret, clock, SystemEntropy())
         self._background = Background()
         self._background.start("router", self._router.run())
 
     async def admit(self, request: AdmitRequest) -> Grant:
         """Choose a replica; see `ports.Admission`."""
         return await self._router.admit(request)
+
+    async def decisions(self, limit: int) -> tuple[Decision, ...]:
+        """The latest decisions, newest first."""
+        return await self._router.decisions(limit)
 
     async def check_health(self) -> None:
         """Unhealthy when it no longer hears the replicas."""

@@ -308,6 +308,39 @@ class WorkspaceList(WireModel):
     next_cursor: str | None = None
 
 
+class DecisionCandidate(WireModel):
+    """How one host looked to one request: a score (ms, the less the better) or a refusal."""
+
+    host_id: str
+    score_ms: float | None = None
+    expected_ttft_ms: float | None = None
+    expected_cached_tokens: int | None = None
+    running: int | None = None
+    refusal: str | None = None
+
+
+class DecisionView(WireModel):
+    """Why one request went to one host; `ttft_ms` and `cached_tokens` are what came of it."""
+
+    request_id: str
+    at: Timestamp
+    model: str
+    prompt_tokens: int
+    host_id: str
+    reason: str
+    expected_ttft_ms: float
+    ttft_ms: float | None = None
+    expected_cached_tokens: int
+    cached_tokens: int | None = None
+    candidates: list[DecisionCandidate] = Field(default_factory=list)
+
+
+class DecisionList(WireModel):
+    """The router's latest decisions, newest first."""
+
+    items: list[DecisionView] = Field(default_factory=list)
+
+
 class HealthStatus(WireModel):
     """The server's health, in its own words; a 503 answer has this shape too."""
 

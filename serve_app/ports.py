@@ -42,7 +42,7 @@ from serve_app.core.journal import (
     Owned,
     StoredEvent,
 )
-from serve_app.core.routing import ReplicaReport
+from serve_app.core.routing import Decision, ReplicaReport
 from serve_app.core.usage import Spending, UsageRow
 from serve_app.core.workflow import Workflow
 
@@ -156,6 +156,10 @@ class Admission(Protocol):
         """
         ...
 
+    async def decisions(self, limit: int) -> Sequence[Decision]:
+        """The router's latest decisions, newest first; of one router where there are several."""
+        ...
+
 
 class TokenLink(Protocol):
     """Requests go out and token chunks come back, straight between caller and replica."""
@@ -219,6 +223,7 @@ class StepCall:
         deadline_ms: the execution's, Unix epoch.
         emit: takes a text delta and the token ids behind it; never blocks.
         report_usage: takes the attempt's usage so far; counted however the attempt ends.
+        workspace: whose work it is.
     """
 
     execution_id: str
@@ -231,6 +236,7 @@ class StepCall:
     priority: int
     emit: Callable[[str, tuple[int, ...]], None]
     report_usage: Callable[[Usage], None]
+    workspace: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,13 @@ class Settings(BaseSettings):
     engine_stall_s: float = Field(
         60.0, gt=1, description="No engine step for so long while requests run: the engine is ill."
     )
+    region: str = Field("", description="Where the model replicas of this configuration run.")
+    stake: str = Field(
+        "0",
+        pattern=r"^\d{1,30}(\.\d{1,18})?$",
+        description="What stands behind each model replica, a decimal number; callers may demand "
+        "a least one.",
+    )
     link_host: str = Field(
         "127.0.0.1",
         description="Address the links between processes bind to; empty: the node's own.",

@@ -6,8 +6,8 @@ that is too old counts as no report, so nothing has to be cleaned up after a cra
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import orjson
 import redis
@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from serve_app.adapters.redis_calls import RedisCalls
-from serve_app.core.inference import ReplicaLoad
+from serve_app.core.inference import Begun, Ended, ReplicaLoad, ReplicaNews
 from serve_app.core.routing import ReplicaReport
 from serve_app.ports import Clock
 
@@ -23,6 +23,8 @@ _HASH = "ip:{config}:replicas"
 _CHANNEL = "ip:{config}:reports"
 _FORGET_MS = 600_000
 _RETRY_DELAY_S = 0.2
+
+_Value = TypeVar("_Value")
 
 
 class RedisReplicas:
@@ -105,9 +107,30 @@ def read_phases(redis_url: str, since_ms: int) -> tuple[ReplicaPhase, ...]:
 
 def _report(data: bytes | str) -> ReplicaReport:
     members: dict[str, Any] = orjson.loads(data)
-    load = members.pop("load")
-    load["models"] = tuple(load["models"])
-    return ReplicaReport(load=ReplicaLoad(**load), **members)
+    news = members.get("news") or {}
+    load = _known(ReplicaLoad, members["load"])
+    return ReplicaReport(
+        load=replace(load, models=tuple(load.models)),
+        phase=members["phase"],
+        detail=members["detail"],
+        at_ms=members["at_ms"],
+        news=ReplicaNews(
+            tuple(news.get("arrived", ())),
+            tuple(_begun(one) for one in news.get("begun", ())),
+            tuple(_known(Ended, one) for one in news.get("ended", ())),
+        ),
+    )
+
+
+def _begun(members: dict[str, Any]) -> Begun:
+    begun = _known(Begun, members)
+    return replace(begun, prefix=tuple(begun.prefix))
+
+
+def _known(cls: type[_Value], members: dict[str, Any]) -> _Value:
+    """The value, without members that only a newer release knows."""
+    names = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    return cls(**{name: value for name, value in members.items() if name in names})
 
 
 def _age(report: ReplicaReport) -> int:

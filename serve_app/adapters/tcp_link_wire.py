@@ -177,6 +177,8 @@ def call_start(stream_id: int, grant: Grant, request: GenerationRequest) -> Item
         request.priority,
         request.prompt_token_ids,
         request.engine_options,
+        request.tenant,
+        request.session,
     ]
     return [Call.START, stream_id, astuple(grant), request.request_id, messages, settings]
 
@@ -190,7 +192,7 @@ def read_start(item: Item) -> tuple[int, Grant, GenerationRequest]:
     try:
         _, stream_id, grant, request_id, messages, settings = item
         model, max_tokens, temperature, top_p, stop, seed, schema, *rest = settings
-        deadline_ms, priority, prompt_token_ids, engine_options = rest
+        deadline_ms, priority, prompt_token_ids, engine_options, tenant, session = rest
         request = GenerationRequest(
             request_id=request_id,
             messages=tuple(Message(*message) for message in messages),
@@ -205,6 +207,8 @@ def read_start(item: Item) -> tuple[int, Grant, GenerationRequest]:
             priority=priority,
             prompt_token_ids=tuple(prompt_token_ids),
             engine_options=engine_options,
+            tenant=tenant,
+            session=session,
         )
         return stream_id, Grant(*grant), request
     except (TypeError, ValueError) as error:

@@ -71,6 +71,8 @@ class GenerationRequest:
         engine_options: further sampling parameters under vLLM's names, and how the engine takes
             the request (`cache_salt`, `reasoning_ended`, `reasoning_parser_kwargs`). An empty
             mapping asks for nothing but text.
+        tenant: whose work it is (a workspace, or one of its users), for fair shares and budgets.
+        session: turns of one session go to the replica that holds its KV cache; empty: none.
     """
 
     request_id: str
@@ -84,6 +86,8 @@ class GenerationRequest:
     output_schema: Mapping[str, JsonValue] | None = None
     deadline_ms: int | None = None
     priority: int = 0
+    tenant: str = ""
+    session: str = ""
     prompt_token_ids: tuple[int, ...] = ()
     engine_options: Mapping[str, JsonValue] = field(default_factory=dict)
 
@@ -143,6 +147,14 @@ class ReplicaLoad:
         running_count: requests inside the engine.
         kv_usage: used part of the KV cache, 0 to 1.
         step_count: engine steps so far; it must advance while `running_count` > 0.
+        prefill_tokens: of `queued_tokens`, the prompts that have no first token yet.
+        prefill_ms: measured: ms of waiting per prompt token that stands before; 0: not yet.
+        step_ms: measured: ms between two tokens of one answer; 0: not yet.
+        ttft_ms: measured: time to the first token of late answers, smoothed; 0: not yet.
+        kv_tokens: what the KV cache holds; 0: not known.
+        region, stake: the operator's; stake is a decimal number.
+        aborted_count, wasted_tokens: answers that ended before their end, and the tokens made for
+            them.
     """
 
     replica_id: str
@@ -154,16 +166,105 @@ class ReplicaLoad:
     kv_usage: float = 0.0
     step_count: int = 0
     context_max: int = 0
+    prefill_tokens: int = 0
+    prefill_ms: float = 0.0
+    step_ms: float = 0.0
+    ttft_ms: float = 0.0
+    kv_tokens: int = 0
+    region: str = ""
+    stake: str = "0"
+    aborted_count: int = 0
+    wasted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request may run.
+
+    Args:
+        host: only this replica; empty: any.
+        max_latency_ms: only where the first token is expected within it.
+        min_stake: only where the stake is at least this decimal number; empty: any.
+        region: there, if a replica there is not overloaded; a wish, not a condition.
+    """
+
+    host: str = ""
+    max_latency_ms: int | None = None
+    min_stake: str = ""
+    region: str = ""
+
+
+ANYWHERE = Placement()
 
 
 @dataclass(frozen=True, slots=True)
 class AdmitRequest:
-    """What the router needs to know to choose a replica: no prompt text, only sizes."""
+    """What the router needs to know to choose a replica: no prompt text, only sizes and hashes.
+
+    Args:
+        token_count: prompt and expected completion tokens.
+        excluded: replicas where this request was lost.
+        prompt_tokens: the prompt's part of `token_count`, as estimated by the caller.
+        prefix: `core.prefix.prefix_of` the prompt.
+        tenant, session, priority, deadline_ms: as in `GenerationRequest`.
+    """
 
     request_id: str
     model: str
     token_count: int
-    excluded: tuple[str, ...] = field(default=())
+    excluded: tuple[str, ...] = ()
+    prompt_tokens: int = 0
+    prefix: tuple[int, ...] = ()
+    tenant: str = ""
+    session: str = ""
+    priority: int = 0
+    deadline_ms: int | None = None
+    placement: Placement = ANYWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A request's first token, as the replica saw it.
+
+    Args:
+        prefix: hashes of the prompt, those that were not told lately.
+        cached_tokens: prompt tokens that the engine found in its cache.
+        ttft_ms: from the replica's taking the request.
+    """
+
+    request_id: str
+    session: str
+    prefix: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    ttft_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request's end at one replica, with what it has cost its tenant."""
+
+    request_id: str
+    tenant: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaNews:
+    """What happened at a replica since its last report; each thing is told once.
+
+    Args:
+        arrived: request ids that its load counts from now on.
+    """
+
+    arrived: tuple[str, ...] = ()
+    begun: tuple[Begun, ...] = ()
+    ended: tuple[Ended, ...] = ()
+
+
+NO_NEWS = ReplicaNews()
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ def create_app(services: Services) -> FastAPI:
     """The application over ready services."""
     from serve_app.ingress.compat import websocket  # noqa: PLC0415 - as below
     from serve_app.ingress.routes import (  # noqa: PLC0415 - routes import Services
+        decisions,
         executions,
         health,
         keys,
@@ -93,6 +94,7 @@ def create_app(services: Services) -> FastAPI:
         executions,
         workflows,
         keys,
+        decisions,
         stream_tokens,
         usage,
         health,

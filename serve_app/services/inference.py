@@ -5,17 +5,26 @@ token through it. Invariant: leaving the iterator early, for whatever reason, ab
 down to the engine.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 from serve_app.core.errors import ConnectionFailedError, NoHostsAvailableError
-from serve_app.core.inference import AdmitRequest, Chunk, GenerationRequest, Grant, Usage
+from serve_app.core.inference import (
+    ANYWHERE,
+    AdmitRequest,
+    Chunk,
+    GenerationRequest,
+    Grant,
+    Placement,
+    Usage,
+)
+from serve_app.core.prefix import prefix_of, prompt_tokens_guess
+from serve_app.core.routing import Decision
 from serve_app.ports import Admission, TokenLink
 
 REPLICAS_TRIED_MAX = 3  # before the first token; afterwards the caller decides
-_CHARACTERS_PER_TOKEN = 4  # a rough rule for English; the replica's own count corrects it
-_COMPLETION_TOKENS_GUESS = 256  # of a request that names no max_tokens
+COMPLETION_TOKENS_GUESS = 256  # of a request that names no max_tokens
 
 
 class Inference:
@@ -25,7 +34,9 @@ class Inference:
         self._admission = admission
         self._link = link
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def generate(
+        self, request: GenerationRequest, placement: Placement = ANYWHERE
+    ) -> AsyncGenerator[Chunk, None]:
         """Stream the answer; every chunk carries the usage so far.
 
         Raises:
@@ -37,7 +48,7 @@ class Inference:
         """
         lost: list[str] = []
         while True:
-            grant = await self._admit(request, tuple(lost))
+            grant = await self._admit(request, placement, tuple(lost))
             has_begun = False
             try:
                 async with aclosing(self._metered(grant, request)) as chunks:
@@ -51,8 +62,14 @@ class Inference:
             else:
                 return
 
-    async def _admit(self, request: GenerationRequest, lost: tuple[str, ...]) -> Grant:
-        wanted = AdmitRequest(request.request_id, request.model, _token_count(request), lost)
+    async def decisions(self, limit: int) -> Sequence[Decision]:
+        """See `ports.Admission`."""
+        return await self._admission.decisions(limit)
+
+    async def _admit(
+        self, request: GenerationRequest, placement: Placement, lost: tuple[str, ...]
+    ) -> Grant:
+        wanted = admit_request(request, placement, lost)
         try:
             return await self._admission.admit(wanted)
         except NoHostsAvailableError as error:
@@ -73,7 +90,21 @@ class Inference:
                 yield replace(chunk, usage=replace(reported, completion_tokens=tokens))
 
 
-def _token_count(request: GenerationRequest) -> int:
-    characters = sum(len(message.content) for message in request.messages)
-    prompt_tokens = len(request.prompt_token_ids) or characters // _CHARACTERS_PER_TOKEN
-    return prompt_tokens + (request.max_tokens or _COMPLETION_TOKENS_GUESS)
+def admit_request(
+    request: GenerationRequest, placement: Placement = ANYWHERE, excluded: tuple[str, ...] = ()
+) -> AdmitRequest:
+    """What the router is told of a request."""
+    prompt_tokens = prompt_tokens_guess(request)
+    return AdmitRequest(
+        request_id=request.request_id,
+        model=request.model,
+        token_count=prompt_tokens + (request.max_tokens or COMPLETION_TOKENS_GUESS),
+        excluded=excluded,
+        prompt_tokens=prompt_tokens,
+        prefix=prefix_of(request),
+        tenant=request.tenant,
+        session=request.session,
+        priority=request.priority,
+        deadline_ms=request.deadline_ms,
+        placement=placement,
+    )

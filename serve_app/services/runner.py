@@ -331,6 +331,7 @@ class Driver:
             priority=execution.created.priority,
             emit=lambda text, ids: self._emit(step_id, attempt, text, ids),
             report_usage=lambda usage: self._report_usage(step_id, usage),
+            workspace=execution.created.workspace,
         )
 
     def _emit(self, step_id: str, attempt: int, text: str, token_ids: tuple[int, ...]) -> None:

@@ -93,6 +93,7 @@ def _request(call: StepCall, settings: _Settings, request_id: str) -> Generation
         output_schema=settings.output_schema,
         deadline_ms=call.deadline_ms,
         priority=-call.priority,  # vLLM runs the lower number first
+        tenant=call.workspace,
     )
 
 

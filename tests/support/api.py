@@ -24,6 +24,7 @@ from serve_app.core.inference import (
     Grant,
     Usage,
 )
+from serve_app.core.routing import Candidate, Decision
 from serve_app.ingress.app import Services, create_app
 from serve_app.services.executor import Executor, WorkerLimits
 from serve_app.services.inference import Inference
@@ -40,6 +41,12 @@ class ScriptedPlane:
 
     async def admit(self, request: AdmitRequest) -> Grant:
         return Grant(request.request_id, "host", "127.0.0.1", 1, 0, "")
+
+    async def decisions(self, limit: int) -> tuple[Decision, ...]:
+        near = Candidate("host", 12.5, 10.0, 128, 64, 3)
+        far = Candidate("far", refusal="draining")
+        decision = Decision("r1", 0, "m", 200, "prefix", near, (near, far), 11.0, 128)
+        return (decision,) * min(limit, 60)
 
     async def generate(
         self, grant: Grant, request: GenerationRequest
