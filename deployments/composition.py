@@ -11,10 +11,12 @@ from serve_app.adapters.redis_bells import RedisBells, ingress_channels
 from serve_app.adapters.redis_config import RedisKeys
 from serve_app.adapters.redis_connect import RedisConnections
 from serve_app.adapters.redis_idempotency import RedisIdempotency
+from serve_app.adapters.redis_limits import RedisLimits
 from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.redis_store import DAY_MS
 from serve_app.adapters.redis_usage import RedisUsage
 from serve_app.core.auth import SHOWN_CHARACTERS, KeyRecord, Scope
+from serve_app.core.limits import NO_LIMITS, Limit, Limits
 from serve_app.ingress.app import Services
 from serve_app.ingress.auth import Authenticator
 from serve_app.ingress.views import render_sse
@@ -23,6 +25,7 @@ from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
 from serve_app.services.inference import Inference
+from serve_app.services.limits import KeyLimits
 from serve_app.settings import Settings
 from serve_app.steps import step_types
 
@@ -44,6 +47,12 @@ def compose(
     catalog = catalog_of(stores.calls, step_types(inference, schemas, entropy), clock)
     keys = RedisKeys(stores.calls, clock)
     registry = RedisReplicas(stores.client, stores.calls, clock)
+    usage = RedisUsage(
+        stores.calls,
+        partition_count=settings.partitions,
+        kept_ms=settings.usage_retention_days * DAY_MS,
+    )
+    limits = KeyLimits(RedisLimits(stores.calls), usage, clock, default_limits(settings))
     return Services(
         executions=Executions(
             stores.store,
@@ -58,12 +67,9 @@ def compose(
         catalog=catalog,
         keys=keys,
         idempotency=RedisIdempotency(stores.calls),
-        usage=RedisUsage(
-            stores.calls,
-            partition_count=settings.partitions,
-            kept_ms=settings.usage_retention_days * DAY_MS,
-        ),
-        authenticator=Authenticator(keys, clock, settings),
+        usage=usage,
+        limits=limits,
+        authenticator=Authenticator(keys, limits, clock, settings),
         inference=inference,
         health=Health(stores.store, registry, clock, has_models=settings.model_replicas > 0),
         clock=clock,
@@ -71,6 +77,14 @@ def compose(
         settings=settings,
         version=version("inferpipe"),
     )
+
+
+def default_limits(settings: Settings) -> Limits:
+    """Of keys that name none of their own."""
+    if not settings.rate_limit_requests:
+        return NO_LIMITS
+    window_ms = round(settings.rate_limit_window_s * 1000)
+    return Limits(requests=Limit(settings.rate_limit_requests, window_ms))
 
 
 async def publish(services: Services) -> None:

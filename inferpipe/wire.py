@@ -79,6 +79,7 @@ __all__ = [
     "KeyView",
     "Problem",
     "ProblemItem",
+    "RateLimit",
     "ReplayRequest",
     "RetryConfig",
     "RotateSecretRequest",
@@ -94,6 +95,7 @@ __all__ = [
     "StreamTokenRequest",
     "StreamTokenView",
     "TimingView",
+    "TokenLimit",
     "UsageItem",
     "UsageReport",
     "UsageView",
@@ -114,6 +116,7 @@ __all__ = [
 
 DURATION_MS_MAX = 365 * 24 * 3600 * 1000  # a year: longer is a mistake in units
 RETRY_ATTEMPTS_MAX = 1000  # enough for any cure by waiting; a bound on what one caller may queue
+LIMIT_MAX = 10**12  # far beyond any window, and exact in every JSON reader
 USER_ID_MAX = 256
 
 ExecutionStatus = Literal[
@@ -258,12 +261,31 @@ class Validation(WireModel):
     errors: list["ProblemItem"] = Field(default_factory=list)
 
 
+class RateLimit(RequestModel):
+    """So many requests in any one window; a window is in ms, or text such as "60s"."""
+
+    requests: Annotated[StrictInt, Field(ge=1, le=LIMIT_MAX)]
+    window: Annotated[StrictInt, Field(ge=1)] | str
+
+
+class TokenLimit(RequestModel):
+    """So many tokens, of prompts and answers, in any one window."""
+
+    tokens: Annotated[StrictInt, Field(ge=1, le=LIMIT_MAX)]
+    window: Annotated[StrictInt, Field(ge=1)] | str
+
+
 class KeyRequest(RequestModel):
-    """A key to make; each scope includes those before it: read, execute, admin."""
+    """A key to make; each scope includes those before it: read, execute, admin.
+
+    A `token_limit` that is a number counts in the window of `rate_limit`, or else in a minute.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     scopes: Annotated[list[Literal["read", "execute", "admin"]], Field(min_length=1, max_length=3)]
     expires_at: Timestamp | None = None
+    rate_limit: RateLimit | None = None
+    token_limit: TokenLimit | Annotated[StrictInt, Field(ge=1, le=LIMIT_MAX)] | None = None
 
 
 class KeyView(WireModel):
@@ -275,6 +297,8 @@ class KeyView(WireModel):
     scopes: list[str]
     created_at: Timestamp
     expires_at: Timestamp | None = None
+    rate_limit: RateLimit | None = None
+    token_limit: TokenLimit | None = None
     key: str | None = None
 
 

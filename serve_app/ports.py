@@ -42,6 +42,7 @@ from serve_app.core.journal import (
     Owned,
     StoredEvent,
 )
+from serve_app.core.limits import Limits, Standing
 from serve_app.core.routing import Decision, ReplicaReport
 from serve_app.core.usage import Spending, UsageRow
 from serve_app.core.workflow import Workflow
@@ -460,6 +461,19 @@ class Idempotency(Protocol):
 
     async def drop(self, scope: tuple[str, ...], claim_id: str) -> None:
         """Give the claim up: the work was refused, and a repeat may do it."""
+        ...
+
+
+class LimitStore(Protocol):
+    """Windows of limited keys, counted in one place for all processes."""
+
+    async def take(
+        self, workspace: str, key_id: str, limits: Limits, spent_tokens: int
+    ) -> Standing:
+        """Count one request against a key's limits; a refused one is not counted.
+
+        `spent_tokens` is what the key has ever spent.
+        """
         ...
 
 

@@ -80,6 +80,10 @@ class Settings(BaseSettings):
     stream_token_ttl_max_s: int = Field(
         3600, ge=1, le=86400, description="Longest life of a stream token."
     )
+    rate_limit_requests: int = Field(
+        0, ge=0, description="Requests per window of a key without a limit of its own; 0: any."
+    )
+    rate_limit_window_s: float = Field(60.0, gt=0, description="That window.")
     requests_max: int = Field(
         4096, ge=1, description="Requests and open streams in one ingress replica."
     )

@@ -12,6 +12,7 @@ import orjson
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.core.auth import KeyRecord, Principal, Scope, key_digest
 from serve_app.core.errors import UnknownWorkflowError
+from serve_app.core.limits import read_limits
 from serve_app.core.workflow import Workflow
 from serve_app.ports import Clock, Defined
 
@@ -209,6 +210,7 @@ class RedisKeys:
 def _record(data: bytes) -> KeyRecord:
     members: dict[str, Any] = orjson.loads(data)
     members["scopes"] = tuple(Scope(scope) for scope in members["scopes"])
+    members["limits"] = read_limits(members.get("limits", {}))  # older keys have none
     return KeyRecord(**members)
 
 

@@ -22,6 +22,7 @@
 --   ip:{config}:wfs:<ws>      set   ids of live definitions
 --   ip:{config}:keys          hash  key hash -> record
 --   ip:{config}:replicas      hash  replica id -> last report; channel ip:{config}:reports
+--   ip:{config}:limit:<ws>:<key>  hash  requests and tokens of a limited key; lasts for its window
 --   ip:{config}:once:<digest> hash  body, claim, answer of one Idempotency-Key; 60 s, with an answer 24 h
 --
 -- Snapshot and journal expire `retention` ms after the terminal event; everything else goes with

@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
+from serve_app.core.limits import NO_LIMITS, Limits
+
 
 class Scope(StrEnum):
     """What a key may do; each includes the one before it."""
@@ -27,11 +29,12 @@ _RANK = {Scope.READ: 0, Scope.EXECUTE: 1, Scope.ADMIN: 2}
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A caller: one workspace, one highest scope, and the id of the key it used."""
+    """A caller: one workspace, one highest scope, the id of the key it used, and its limits."""
 
     workspace: str
     scope: Scope
     key_id: str
+    limits: Limits = NO_LIMITS
 
     def can(self, scope: Scope) -> bool:
         """Whether its scope includes this one."""
@@ -54,10 +57,11 @@ class KeyRecord:
     prefix: str
     created_at_ms: int
     expires_at_ms: int | None = None
+    limits: Limits = NO_LIMITS
 
     def principal(self) -> Principal:
         """Who a caller with this key is."""
-        return Principal(self.workspace, highest(self.scopes), self.id)
+        return Principal(self.workspace, highest(self.scopes), self.id, self.limits)
 
 
 def highest(scopes: Collection[Scope]) -> Scope:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from serve_app.core.limits import Standing
+
 
 class ErrorCode(StrEnum):
     """Stable, public, upper snake case."""
@@ -186,6 +188,18 @@ class RateLimitExceededError(ServeAppError):
     """More was asked than the caller's limit allows; asking later helps."""
 
     code = ErrorCode.RATE_LIMIT_EXCEEDED
+
+    def __init__(self, message: str, standing: Standing | None = None) -> None:
+        super().__init__(message, standing)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def standing(self) -> Standing | None:
+        """Where the caller stands, if it was a key's limit."""
+        found = self.args[1]
+        return found if isinstance(found, Standing) else None
 
 
 class OverloadedError(ServeAppError):

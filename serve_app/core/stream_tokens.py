@@ -10,10 +10,12 @@ import hashlib
 import hmac
 import json
 import re
+from dataclasses import asdict
 from urllib.parse import unquote
 
 from serve_app.core.auth import Principal, Scope
 from serve_app.core.errors import InvalidRequestError, Problem
+from serve_app.core.limits import read_limits
 
 # Whole paths, and the scope that opening them needs: a socket runs inference, the others read.
 _RESOURCES = (
@@ -56,6 +58,7 @@ def seal(secret: bytes, principal: Principal, resource: str, expires_at_ms: int)
         principal.key_id,
         unquote(resource),
         expires_at_ms,
+        asdict(principal.limits),
     ]
     body = _encode(json.dumps(members, separators=(",", ":")).encode())
     return f"{body}.{_signature(secret, body)}"
@@ -75,10 +78,10 @@ def unseal(secret: bytes, token: str, path: str, now_ms: int) -> Principal | Non
     expected = _signature(secret, body).encode()
     if not hmac.compare_digest(expected, signature.encode(errors="replace")):
         return None
-    workspace, scope, key_id, resource, expires_at_ms = json.loads(_decode(body))
+    workspace, scope, key_id, resource, expires_at_ms, limits = json.loads(_decode(body))
     if resource != path or expires_at_ms <= now_ms:
         return None
-    return Principal(workspace, Scope(scope), key_id)
+    return Principal(workspace, Scope(scope), key_id, read_limits(limits))
 
 
 def _signature(secret: bytes, body: str) -> str:

@@ -25,6 +25,7 @@ from serve_app.core.errors import (
     NotFoundError,
     ServeAppError,
 )
+from serve_app.core.limits import Standing
 from serve_app.ingress.auth import Authenticator
 from serve_app.ingress.errors import problem_response
 from serve_app.ports import Clock, Entropy, Idempotency, KeyRing, UsageLedger, WorkflowCatalog
@@ -32,12 +33,22 @@ from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
 from serve_app.services.inference import Inference
+from serve_app.services.limits import KeyLimits
 from serve_app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
+_EXPOSED_HEADERS = (
+    "X-Request-Id",
+    "X-Execution-Id",
+    "Idempotency-Replayed",
+    "Retry-After",
+    "RateLimit-Limit",
+    "RateLimit-Remaining",
+    "RateLimit-Reset",
+)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -51,6 +62,7 @@ class Services:
     keys: KeyRing
     idempotency: Idempotency
     usage: UsageLedger
+    limits: KeyLimits
     authenticator: Authenticator
     health: Health
     inference: Inference
@@ -109,7 +121,7 @@ def create_app(services: Services) -> FastAPI:
             allow_origins=list(services.settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "X-Execution-Id", "Idempotency-Replayed"],
+            expose_headers=_EXPOSED_HEADERS,
         )
     app.add_middleware(
         _RequestIds,
@@ -171,9 +183,9 @@ class _RequestIds:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if not is_echoed:
-                    name = (b"x-request-id", request_id.encode())
-                    message["headers"] = [*message.get("headers", ()), name]
+                own = [] if is_echoed else [(b"x-request-id", request_id.encode())]
+                own += _limit_headers(scope["state"].get("standing"))
+                message["headers"] = [*message.get("headers", ()), *own]
             await send(message)
 
         try:
@@ -205,6 +217,17 @@ class _RequestIds:
 def _internal(scope: Scope) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
     error = ServeAppError("internal error; the log has it under this request id")
     return problem_response(error, scope["state"]["request_id"])
+
+
+def _limit_headers(standing: Standing | None) -> list[tuple[bytes, bytes]]:
+    if standing is None:
+        return []
+    values = {
+        b"ratelimit-limit": standing.count_max,
+        b"ratelimit-remaining": standing.remaining,
+        b"ratelimit-reset": standing.reset_s,
+    }
+    return [(name, str(value).encode()) for name, value in values.items()]
 
 
 def _sent_id(scope: Scope) -> str | None:

@@ -10,17 +10,19 @@ from urllib.parse import urlsplit
 from starlette.requests import HTTPConnection
 
 from serve_app.core.auth import Principal, Scope
-from serve_app.core.errors import ForbiddenError, UnauthorizedError
+from serve_app.core.errors import ForbiddenError, RateLimitExceededError, UnauthorizedError
 from serve_app.core.stream_tokens import unseal
 from serve_app.ports import Clock, KeyRing
+from serve_app.services.limits import KeyLimits
 from serve_app.settings import LOOPBACK_HOSTS, Settings
 
 
 class Authenticator:
     """Keys of the ring, stream tokens, and nobody else but a developer on this machine."""
 
-    def __init__(self, keys: KeyRing, clock: Clock, settings: Settings) -> None:
+    def __init__(self, keys: KeyRing, limits: KeyLimits, clock: Clock, settings: Settings) -> None:
         self._keys = keys
+        self._limits = limits
         self._clock = clock
         self._secret = settings.cluster_secret.get_secret_value().encode()
         self._developer = Principal(settings.workspace_id, Scope.EXECUTE, "dev")
@@ -48,7 +50,26 @@ class Authenticator:
         Raises:
             UnauthorizedError: no key, or one that is not known.
             ForbiddenError: the key lacks the scope, or belongs to another workspace.
+            RateLimitExceededError: it has used up what it may.
         """
+        found = await self._named(request, sent_key)
+        workspace = request.headers.get("x-workspace-id")
+        if workspace is not None and workspace != found.workspace:
+            raise ForbiddenError("X-Workspace-Id is not the key's workspace")
+        if not found.can(scope):
+            raise ForbiddenError(f"this key has the scope {found.scope}; {scope} is needed")
+        if request.scope["type"] == "http":  # a socket counts each of its requests by itself
+            await self._limit(request, found)
+        return found
+
+    async def _limit(self, request: HTTPConnection, principal: Principal) -> None:
+        try:
+            request.state.standing = await self._limits.check(principal)
+        except RateLimitExceededError as error:
+            request.state.standing = error.standing
+            raise
+
+    async def _named(self, request: HTTPConnection, sent_key: str) -> Principal:
         if key := sent_key or _key(request):
             found = await self.of_key(key)
         elif token := request.query_params.get("token"):
@@ -57,11 +78,6 @@ class Authenticator:
             found = self._developer
         else:
             raise UnauthorizedError("send an API key: Authorization: Bearer <key>, or X-API-Key")
-        workspace = request.headers.get("x-workspace-id")
-        if workspace is not None and workspace != found.workspace:
-            raise ForbiddenError("X-Workspace-Id is not the key's workspace")
-        if not found.can(scope):
-            raise ForbiddenError(f"this key has the scope {found.scope}; {scope} is needed")
         return found
 
     async def of_key(self, key: str) -> Principal:

@@ -10,7 +10,12 @@ from types import MappingProxyType
 import orjson
 from starlette.responses import Response
 
-from serve_app.core.errors import ErrorCode, InvalidRequestError, ServeAppError
+from serve_app.core.errors import (
+    ErrorCode,
+    InvalidRequestError,
+    RateLimitExceededError,
+    ServeAppError,
+)
 
 STATUS: Mapping[ErrorCode, int] = MappingProxyType(
     {
@@ -72,7 +77,10 @@ def problem_response(error: ServeAppError, request_id: str) -> Response:
     if isinstance(error, InvalidRequestError):
         shown = error.problems[:_PROBLEMS_SHOWN_MAX]
         body["errors"] = [{"loc": list(problem.loc), "msg": problem.msg} for problem in shown]
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if code in _IS_WORTH_A_RETRY else {}
+    headers = {}
+    if code in _IS_WORTH_A_RETRY:
+        standing = error.standing if isinstance(error, RateLimitExceededError) else None
+        headers["Retry-After"] = str(standing.reset_s if standing else RETRY_AFTER_S)
     if code is ErrorCode.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(orjson.dumps(body), status, headers, "application/problem+json")

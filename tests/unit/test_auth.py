@@ -7,6 +7,7 @@ from starlette.requests import Request
 
 from serve_app.core.auth import Principal, Scope, key_digest
 from serve_app.core.errors import ForbiddenError, InvalidRequestError, UnauthorizedError
+from serve_app.core.limits import Limit, Limits
 from serve_app.core.stream_tokens import scope_of_resource, seal, unseal
 from serve_app.ingress.auth import Authenticator
 from serve_app.settings import Settings
@@ -27,6 +28,11 @@ class FixedClock:
         return EPOCH_MS
 
 
+class NoLimits:
+    async def check(self, principal: Principal) -> None:
+        return None
+
+
 class Keys:
     async def find(self, key: str) -> Principal | None:
         return KEYS.get(key)
@@ -43,7 +49,7 @@ async def who(
     headers: dict[str, str], scope: Scope = Scope.READ, *, is_dev: bool = False, url: str = "/"
 ) -> Principal:
     settings = Settings(dev=is_dev, cluster_secret=SECRET.decode())
-    authenticator = Authenticator(Keys(), FixedClock(), settings)
+    authenticator = Authenticator(Keys(), NoLimits(), FixedClock(), settings)
     return await authenticator.principal(a_request(headers, url), scope)
 
 
@@ -154,7 +160,7 @@ async def test_a_developer_is_no_administrator() -> None:
 
 
 STREAM = "/v1/executions/exe_1/stream"
-READER = Principal("w1", Scope.READ, "k1")
+READER = Principal("w1", Scope.READ, "k1", Limits(Limit(3, 60_000), None))
 
 
 def a_token(resource: str = STREAM, *, ttl_ms: int = 1, secret: bytes = SECRET) -> str:

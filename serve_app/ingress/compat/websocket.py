@@ -207,6 +207,7 @@ class _SocketClient:
         if message.request_id in self._calls:
             known = "of this id" if message.request_id else "without a request_id"
             raise InvalidRequestError(f"a request {known} is running on this socket")
+        await self._services.limits.check(principal)
         if self._alive_count >= self._settings.socket_requests_max:
             raise RateLimitExceededError(
                 f"{self._settings.socket_requests_max} requests run on this socket already"

@@ -4,6 +4,8 @@ Owns making, showing and revoking keys. Invariant: a key is in one answer, the o
 and nowhere else: not in the store, not in a log.
 """
 
+from dataclasses import replace
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,18 +22,23 @@ from serve_app.core.auth import SHOWN_CHARACTERS, KeyRecord, Principal, Scope, n
 from serve_app.core.errors import (
     ForbiddenError,
     InvalidRequestError,
+    Problem,
     UnknownKeyError,
     WorkspaceExistsError,
 )
+from serve_app.core.limits import WINDOW_MS_MAX, Limit, Limits
+from serve_app.core.workflow import parse_duration_ms
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import read_json, validate
 from serve_app.ingress.idempotency import answer_once
 from serve_app.ingress.views import timestamp
+from serve_app.ports import Clock
 
 router = APIRouter(prefix="/v1", tags=["keys"])
 
 BODY_BYTES_MAX = 16 * 1024
+TOKEN_WINDOW_MS = 60_000  # of a bare number of tokens, where no other window is named
 
 
 @router.post(
@@ -45,13 +52,11 @@ async def create_key(request: Request) -> Response:
     wish = validate(KeyRequest, body)
 
     async def make() -> dict[str, object]:
-        expires_at_ms = None
-        if wish.expires_at is not None:
-            expires_at_ms = int(wish.expires_at.timestamp() * 1000)
-            if expires_at_ms <= services.clock.now_ms():
-                raise InvalidRequestError("expiresAt is in the past")
         scopes = tuple(Scope(scope) for scope in dict.fromkeys(wish.scopes))
-        key, record = _new_record(services, principal.workspace, wish.name, scopes, expires_at_ms)
+        key, record = _new_record(services, principal.workspace, wish.name, scopes)
+        record = replace(
+            record, expires_at_ms=_expires_at_ms(wish, services.clock), limits=_limits(wish)
+        )
         await services.keys.put(key, record)
         return {**_key_view(record), "key": key}
 
@@ -95,7 +100,7 @@ async def create_workspace(request: Request) -> Response:
     async def make() -> dict[str, object]:
         # The key first: a crash between the two leaves a key that nobody knows, and not a
         # workspace that nobody can enter.
-        key, record = _new_record(services, wish.id, "first key", (Scope.ADMIN,), None)
+        key, record = _new_record(services, wish.id, "first key", (Scope.ADMIN,))
         await services.keys.put(key, record)
         if not await services.keys.add_workspace(wish.id, wish.name or wish.id):
             await services.keys.revoke(wish.id, record.id)
@@ -123,12 +128,40 @@ def _check_operator(services: Services, principal: Principal) -> None:
         raise ForbiddenError("workspaces are made with an admin key of the first workspace")
 
 
+def _expires_at_ms(wish: KeyRequest, clock: Clock) -> int | None:
+    if wish.expires_at is None:
+        return None
+    expires_at_ms = int(wish.expires_at.timestamp() * 1000)
+    if expires_at_ms <= clock.now_ms():
+        problem = Problem(("body", "expiresAt"), "a time to come")
+        raise InvalidRequestError("expiresAt is in the past", [problem])
+    return expires_at_ms
+
+
+def _limits(wish: KeyRequest) -> Limits:
+    requests, tokens = None, None
+    if wish.rate_limit is not None:
+        requests = _limit(wish.rate_limit.requests, wish.rate_limit.window, "rateLimit")
+    if isinstance(wish.token_limit, int):
+        tokens = Limit(wish.token_limit, requests.window_ms if requests else TOKEN_WINDOW_MS)
+    elif wish.token_limit is not None:
+        tokens = _limit(wish.token_limit.tokens, wish.token_limit.window, "tokenLimit")
+    return Limits(requests, tokens)
+
+
+def _limit(count_max: int, window: int | str, member: str) -> Limit:
+    loc = ("body", member, "window")
+    try:
+        window_ms = parse_duration_ms(window)
+    except ValueError as error:
+        raise InvalidRequestError("a window is a duration", [Problem(loc, str(error))]) from error
+    if window_ms > WINDOW_MS_MAX:
+        raise InvalidRequestError("the window is too long", [Problem(loc, "at most 31d")])
+    return Limit(count_max, window_ms)
+
+
 def _new_record(
-    services: Services,
-    workspace: str,
-    name: str,
-    scopes: tuple[Scope, ...],
-    expires_at_ms: int | None,
+    services: Services, workspace: str, name: str, scopes: tuple[Scope, ...]
 ) -> tuple[str, KeyRecord]:
     key = new_key(services.entropy.token())
     record = KeyRecord(
@@ -138,13 +171,13 @@ def _new_record(
         scopes=scopes,
         prefix=key[:SHOWN_CHARACTERS],
         created_at_ms=services.clock.now_ms(),
-        expires_at_ms=expires_at_ms,
     )
     return key, record
 
 
 def _key_view(record: KeyRecord) -> dict[str, object]:
     expires_at_ms = record.expires_at_ms
+    requests, tokens = record.limits.requests, record.limits.tokens
     return {
         "id": record.id,
         "name": record.name,
@@ -152,4 +185,6 @@ def _key_view(record: KeyRecord) -> dict[str, object]:
         "scopes": list(record.scopes),
         "createdAt": timestamp(record.created_at_ms),
         "expiresAt": None if expires_at_ms is None else timestamp(expires_at_ms),
+        "rateLimit": requests and {"requests": requests.count_max, "window": requests.window_ms},
+        "tokenLimit": tokens and {"tokens": tokens.count_max, "window": tokens.window_ms},
     }
