@@ -42,11 +42,11 @@ def compose(
     """What the routes work with, over the adapters of one process."""
     ingress_id = entropy.token()
     schemas = JsonSchemas()
-    bells = RedisBells(stores.client, ingress_channels(ingress_id, settings.partitions), clock)
+    bells = RedisBells(stores.nodes, ingress_channels(ingress_id, settings.partitions), clock)
     feeds = Feeds(ingress_id, stores.store, bells, clock, render_sse)
     catalog = catalog_of(stores.calls, step_types(inference, schemas, entropy), clock)
     keys = RedisKeys(stores.calls, clock)
-    registry = RedisReplicas(stores.client, stores.calls, clock)
+    registry = RedisReplicas(stores.nodes, stores.calls, clock)
     usage = RedisUsage(
         stores.calls,
         partition_count=settings.partitions,

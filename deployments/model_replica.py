@@ -8,7 +8,7 @@ from ray import serve
 
 from deployments.addresses import own_address
 from deployments.background import Background
-from serve_app.adapters.redis_connect import connect
+from serve_app.adapters.redis_connect import connect, redis_options
 from serve_app.adapters.redis_replicas import RedisReplicas, announce_start
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link_server import TokenLinkServer
@@ -39,21 +39,21 @@ class ModelReplica:
         self._clock = SystemClock()
         self._replica_id = f"host-{SystemEntropy().token()[:10]}"
         self._models = (settings.model_name,)
-        redis_url = settings.redis_url.get_secret_value()
-        announce_start(redis_url, self._report("starting"))
+        store = redis_options(settings)
+        announce_start(store, self._report("starting"))
         log_path = settings.data_dir / "logs" / f"engine-{self._replica_id}.log"
         _redirect_output(log_path)
         try:
             engine = VllmEngine.start(_engine_settings(settings), self._clock)
         except Exception as error:
             detail = f"{_last_lines(log_path)}\n{type(error).__name__}: {error}".strip()
-            announce_start(redis_url, self._report("failed", detail))
+            announce_start(store, self._report("failed", detail))
             raise
         self._engine = MeteredEngine(
             engine, self._clock, region=settings.region, stake=settings.stake
         )
         self._stores = connect(settings, self._clock)
-        self._registry = RedisReplicas(self._stores.client, self._stores.calls, self._clock)
+        self._registry = RedisReplicas(self._stores.nodes, self._stores.calls, self._clock)
         secret = settings.cluster_secret.get_secret_value().encode()
         self._server = TokenLinkServer(
             self._engine, secret, self._replica_id, self._clock, SystemEntropy()

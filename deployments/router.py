@@ -27,7 +27,7 @@ class RouterDeployment:
         configure_logging(settings.log_level, json=True, path=settings.log_path("router"))
         clock = SystemClock()
         self._stores = connect(settings, clock)
-        registry = RedisReplicas(self._stores.client, self._stores.calls, clock)
+        registry = RedisReplicas(self._stores.nodes, self._stores.calls, clock)
         secret = settings.cluster_secret.get_secret_value().encode()
         self._router = Router(registry, secret, clock, SystemEntropy())
         self._background = Background()

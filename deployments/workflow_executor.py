@@ -65,7 +65,7 @@ class WorkflowExecutor:
         self._executor = Executor(
             worker_id,
             runtime,
-            RedisBells(self._stores.client, channels, self._clock),
+            RedisBells(self._stores.nodes, channels, self._clock),
             catalog_of(self._stores.calls, types, self._clock),
             limits,
         )

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import orjson
 import uvloop
-from redis.asyncio import Redis
 
 from loadtests.http_client import closed_loop, percentile
 from loadtests.service import Target, execute_body, machine, spread, tiny_service
 from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
 from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link import TcpTokenLink
@@ -149,9 +149,9 @@ class Engine:
             await link.close()
 
     async def _endpoint(self) -> tuple[str, str, int]:
-        client: Redis = Redis.from_url(self._redis_url["url"])
-        calls = RedisCalls(client, self._clock)
-        reports = await RedisReplicas(client, calls, self._clock).latest()
+        nodes = RedisNodes(RedisOptions((self._redis_url["url"],)))
+        calls = RedisCalls(nodes, self._clock)
+        reports = await RedisReplicas(nodes, calls, self._clock).latest()
         await calls.close()
         load = next(report.load for report in reports if report.phase == "ready")
         return load.replica_id, load.host, load.port

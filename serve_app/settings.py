@@ -104,7 +104,27 @@ class Settings(BaseSettings):
     )
 
     redis_url: SecretStr = Field(
-        SecretStr(""), description="redis:// or rediss:// address; none: the embedded server."
+        SecretStr(""),
+        description="redis:// or rediss:// address of a server, or of a node of a Redis Cluster "
+        "(several: comma-separated); none: the embedded server.",
+    )
+    redis_username: str = Field("", description="ACL user, where the address names none.")
+    redis_password: SecretStr = Field(
+        SecretStr(""), description="Password, where the address holds none."
+    )
+    redis_ca_file: Path | None = Field(
+        None, description="Certificates to trust for rediss://; none: the system's."
+    )
+    redis_cert_file: Path | None = Field(
+        None, description="Our own certificate, where the server asks for one."
+    )
+    redis_key_file: Path | None = Field(None, description="The key of our certificate.")
+    redis_ack_replicas: int = Field(
+        0,
+        ge=0,
+        le=5,
+        description="Replicas that must have a write before it is acknowledged (WAIT). Without, a "
+        "fail-over to a replica may lose acknowledged work.",
     )
     redis_fsync: Literal["always", "everysec"] = Field(
         "always",

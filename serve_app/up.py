@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from serve_app.adapters.local_cluster import ClusterFailedError, LocalCluster
 from serve_app.adapters.model_weights import check_model_dir, prepare_default_model
+from serve_app.adapters.redis_connect import redis_options
 from serve_app.adapters.redis_replicas import ReplicaPhase, read_phases
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.valkey_server import EmbeddedValkey
@@ -78,7 +79,7 @@ async def _until_ready(
         if starting.done():
             starting.result()
         phases = await asyncio.to_thread(
-            read_phases, settings.redis_url.get_secret_value(), cluster.started_at_ms
+            read_phases, redis_options(settings), cluster.started_at_ms
         )
         _raise_if_failed(phases)
         status = cluster.status() if starting.done() else "ray: starting"

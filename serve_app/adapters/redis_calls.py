@@ -1,23 +1,28 @@
-"""Group commit: all calls of one process travel in batches on one connection.
+"""Group commit: all calls of one process travel in batches, one connection for each server.
 
-Owns the connection, its retries and the function library. Knows no key. What arrives while a batch
-is under way goes with the next one, so a lone call is not delayed and a busy process pays one
-write, one fsync wait and one read for many calls (measured: 43 k function calls/s so, 22 k/s from
-64 connections). Invariant: a call is repeated after a lost answer, so every call made here must be
-harmless when it is applied twice.
+Owns the batches, their retries and the function libraries; `redis_nodes` knows where a key lives.
+What arrives while a batch is under way goes with the next one, so a lone call is not delayed and a
+busy process pays one write, one fsync wait and one read for many calls (measured: 43 k function
+calls/s so, 22 k/s from 64 connections). Invariant: a call is repeated after a lost answer, so every
+call made here must be harmless when it is applied twice.
 """
 
 import asyncio
+import logging
 from collections import deque
-from importlib import resources
 from typing import Any
 
-from redis.asyncio import Redis
 from redis.exceptions import (
+    AskError,
+    AuthenticationError,
     BusyLoadingError,
     ClusterDownError,
+    MovedError,
+    NoPermissionError,
+    OutOfMemoryError,
     ReadOnlyError,
-    ResponseError,
+    RedisError,
+    TryAgainError,
 )
 from redis.exceptions import (
     ConnectionError as RedisConnectionError,
@@ -26,136 +31,184 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
+from serve_app.adapters.redis_library import RedisLibrary
+from serve_app.adapters.redis_nodes import Address, RedisNodes
 from serve_app.core.errors import OverloadedError, StoreUnavailableError
 from serve_app.ports import Clock
 
+logger = logging.getLogger(__name__)
+
 BATCH_MAX = 512  # calls in one batch: bounds the server's single turn to some 10 ms
-WAITING_MAX = 20_000  # calls waiting for a batch; beyond it the process is overloaded
+WAITING_MAX = 20_000  # calls without an answer; beyond it the process is overloaded
 RETRY_FOR_S = 10.0  # longer than a restart of the server with a warm append-only file
+ACK_WAIT_MS = 1000  # for replicas to have a batch; then it is sent again
 _RETRY_DELAY_S = 0.05
 _RETRY_DELAY_MAX_S = 0.5
-_UNAVAILABLE = (
-    RedisConnectionError,
-    RedisTimeoutError,
+_UNREACHED = (RedisConnectionError, RedisTimeoutError, OSError)
+# A slot that is moved key by key (ASK, TRYAGAIN) has its keys in two places. A function must see
+# all of them or none, so such a slot waits until it has moved.
+_NOT_NOW = (
+    *_UNREACHED,
+    AskError,
     BusyLoadingError,
-    ReadOnlyError,
     ClusterDownError,
-    OSError,
+    MovedError,
+    ReadOnlyError,
+    TryAgainError,
 )
-# A full or read-only server refuses writes by these prefixes; nothing was applied.
-_REFUSALS = ("OOM ", "MISCONF ", "NOREPLICAS ")
+# The server is full, lacks replicas or disk, or does not let us; nothing was applied.
+_REFUSALS = (AuthenticationError, NoPermissionError, OutOfMemoryError)
+_REFUSAL_PREFIXES = ("MISCONF ", "NOREPLICAS ")
 
 Command = tuple[str | bytes | int, ...]
 
 
 class RedisCalls:
-    """The one connection of this process to one server, shared by all its coroutines."""
+    """One connection of this process to each server, shared by all its coroutines."""
 
-    def __init__(self, client: Redis, clock: Clock) -> None:
-        self._client = client
+    def __init__(self, nodes: RedisNodes, clock: Clock) -> None:
+        self._nodes = nodes
         self._clock = clock
-        self._waiting: deque[tuple[Command, asyncio.Future[Any]]] = deque()
-        self._pump: asyncio.Task[None] | None = None
+        self._library = RedisLibrary()
+        self._lanes: dict[Address, _Lane] = {}
+        self._waiting_count = 0
 
     async def fcall(self, function: str, key: str, *args: str | bytes | int) -> Any:
-        """Call a function of our library on the slot of `key`."""
-        return await self.call("FCALL", function, 1, key, *args)
+        """Call a function of our libraries on the slot of `key`."""
+        return await self._call(key, ("FCALL", self._library.name_of(function), 1, key, *args))
 
-    async def call(self, *command: str | bytes | int) -> Any:
-        """Send one command with the next batch and await its answer.
+    async def call(self, command: str, key: str, *args: str | bytes | int) -> Any:
+        """Send one command with the next batch for the server of `key`, and await its answer.
 
         Raises:
             OverloadedError: too many calls wait already.
             StoreUnavailableError: the server stayed out of reach, or refuses writes.
         """
-        if len(self._waiting) >= WAITING_MAX:
-            raise OverloadedError(f"{WAITING_MAX} calls wait for the store; try again later")
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append((command, answer))
-        if self._pump is None or self._pump.done():
-            # Not in a TaskGroup: it serves every caller, so it must outlive the one that starts it.
-            self._pump = asyncio.get_running_loop().create_task(self._drain())
-        return await answer
+        return await self._call(key, (command, key, *args))
 
     async def close(self) -> None:
         """Let the calls under way finish, then disconnect."""
+        for lane in tuple(self._lanes.values()):
+            await lane.finish()
+        await self._nodes.close()
+
+    async def _call(self, key: str, command: Command) -> Any:
+        if self._waiting_count >= WAITING_MAX:
+            raise OverloadedError(f"{WAITING_MAX} calls wait for the store; try again later")
+        self._waiting_count += 1
+        try:
+            return await self._until_answered(key, command)
+        finally:
+            self._waiting_count -= 1
+
+    async def _until_answered(self, key: str, command: Command) -> Any:
+        give_up_s = self._clock.monotonic_s() + RETRY_FOR_S
+        delay_s = 0.0  # the first repeat goes at once: an idle connection may have been closed
+        while True:
+            known = self._nodes.version
+            address = self._nodes.owner(key)
+            try:
+                if address is None:
+                    await self._nodes.refresh(known)
+                    continue
+                return await self._lane(address).send(key, command)
+            except (RedisError, OSError) as error:
+                if _is_refusal(error):
+                    raise StoreUnavailableError(f"the store refuses: {error}") from error
+                is_library_missing = self._library.is_missing(error)
+                if not is_library_missing and not isinstance(error, _NOT_NOW):
+                    raise
+                if self._clock.monotonic_s() > give_up_s:
+                    raise StoreUnavailableError(f"the store cannot be reached: {error}") from error
+                why = error
+            await self._clock.sleep(delay_s)
+            delay_s = min(max(2 * delay_s, _RETRY_DELAY_S), _RETRY_DELAY_MAX_S)
+            await self._heed(why, key, address, known)
+
+    async def _heed(self, why: Exception, key: str, address: Address | None, known: int) -> None:
+        """Do what an error asks for before the call is sent again."""
+        try:
+            if isinstance(why, MovedError):
+                host = why.host or (address[0] if address else "")  # empty: the one that was asked
+                self._nodes.move(key, (host, why.port))
+            elif address is not None and self._library.is_missing(why):
+                await self._library.load(self._nodes.client(address))
+            else:
+                await self._nodes.refresh(known)
+        except (*_UNREACHED, *_NOT_NOW) as error:
+            logger.info("the store is not ready: %s", error)  # the call finds out by itself
+
+    def _lane(self, address: Address) -> "_Lane":
+        lane = self._lanes.get(address)
+        if lane is None:
+            lane = self._lanes[address] = _Lane(self._nodes, address)
+        return lane
+
+
+class _Lane:
+    """The batches for one server, one after the other."""
+
+    def __init__(self, nodes: RedisNodes, address: Address) -> None:
+        self._nodes = nodes
+        self._address = address
+        self._waiting: deque[tuple[str, Command, asyncio.Future[Any]]] = deque()
+        self._pump: asyncio.Task[None] | None = None
+
+    def send(self, key: str, command: Command) -> "asyncio.Future[Any]":
+        """The answer to come; an error is the server's own, or that there was none."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((key, command, answer))
+        if self._pump is None or self._pump.done():
+            # Not in a TaskGroup: it serves every caller, so it must outlive the one that starts it.
+            self._pump = asyncio.get_running_loop().create_task(self._drain())
+        return answer
+
+    async def finish(self) -> None:
+        """Wait for the batches under way."""
         if self._pump is not None and not self._pump.done():
             await self._pump
-        await self._client.aclose()
 
     async def _drain(self) -> None:
         while self._waiting:
             size = min(len(self._waiting), BATCH_MAX)
             batch = [self._waiting.popleft() for _ in range(size)]
             try:
-                await self._send_until_answered(batch)
+                answers = await self._exchange(batch[0][0], [command for _, command, _ in batch])
+            except _UNREACHED as error:
+                answers = [RedisConnectionError(str(error)) for _ in batch]
             except BaseException as error:
-                for _, answer in batch:
+                for _, _, answer in batch:
                     if not answer.done():
-                        answer.set_exception(StoreUnavailableError(str(error)))
+                        answer.set_exception(RedisConnectionError(str(error)))
                 raise
+            for (_, _, future), answer in zip(batch, answers, strict=True):
+                if future.done():
+                    continue
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
 
-    async def _send_until_answered(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> None:
-        give_up_s = self._clock.monotonic_s() + RETRY_FOR_S
-        delay_s = _RETRY_DELAY_S
-        while batch:
-            try:
-                answers = await self._send(batch)
-            except _UNAVAILABLE as error:
-                answers = [error] * len(batch)
-            batch, is_library_missing = _settle(batch, answers)
-            if not batch:
-                return
-            if self._clock.monotonic_s() > give_up_s:
-                for _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(StoreUnavailableError("the store cannot be reached"))
-                return
-            if is_library_missing:
-                await self._load_library()
-                continue
-            await self._clock.sleep(delay_s)
-            delay_s = min(2 * delay_s, _RETRY_DELAY_MAX_S)
-
-    async def _send(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> list[Any]:
-        pipeline = self._client.pipeline(transaction=False)
-        for command, _ in batch:
+    async def _exchange(self, key: str, commands: list[Command]) -> list[Any]:
+        pipeline = self._nodes.client(self._address).pipeline(transaction=False)
+        for command in commands:
             pipeline.execute_command(*command)
-        return await pipeline.execute(raise_on_error=False)
+        replicas = self._nodes.options.ack_replicas
+        if not replicas:
+            return await pipeline.execute(raise_on_error=False)
+        # WAIT counts from this connection's last write, and a repeated call may write nothing: its
+        # first try was over another connection. So one write of its own stands before it.
+        pipeline.execute_command("SET", f"{key[: key.index('}') + 1]}:sync", "", "PX", 60_000)
+        pipeline.execute_command("WAIT", replicas, ACK_WAIT_MS)
+        *answers, synced, reached = await pipeline.execute(raise_on_error=False)
+        if not isinstance(synced, Exception) and reached >= replicas:
+            return answers
+        why = f"{reached} of {replicas} replicas have the write"
+        return [
+            answer if isinstance(answer, Exception) else RedisConnectionError(why)
+            for answer in answers
+        ]
 
-    async def _load_library(self) -> None:
-        try:
-            for source in _libraries():
-                await self._client.function_load(source, replace=True)
-        except _UNAVAILABLE:
-            # The batch is sent again and finds out by itself whether the server is back.
-            await self._clock.sleep(_RETRY_DELAY_S)
 
-
-def _libraries() -> tuple[str, ...]:
-    folder = resources.files("serve_app.adapters")
-    files = (file for file in folder.iterdir() if file.name.endswith(".lua"))
-    return tuple(file.read_text(encoding="utf-8") for file in sorted(files, key=str))
-
-
-def _settle(
-    batch: list[tuple[Command, asyncio.Future[Any]]], answers: list[Any]
-) -> tuple[list[tuple[Command, asyncio.Future[Any]]], bool]:
-    """Give out the answers; return the calls to send again, and whether functions are missing."""
-    again: list[tuple[Command, asyncio.Future[Any]]] = []
-    is_library_missing = False
-    for (command, future), answer in zip(batch, answers, strict=True):
-        if isinstance(answer, _UNAVAILABLE):
-            again.append((command, future))
-        elif isinstance(answer, ResponseError) and "unction not found" in str(answer):
-            again.append((command, future))
-            is_library_missing = True
-        elif future.done():
-            continue
-        elif isinstance(answer, ResponseError) and str(answer).startswith(_REFUSALS):
-            future.set_exception(StoreUnavailableError(f"the store refuses writes: {answer}"))
-        elif isinstance(answer, Exception):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
-    return again, is_library_missing
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, _REFUSALS) or str(error).startswith(_REFUSAL_PREFIXES)

@@ -1,40 +1,53 @@
 """Connections to Redis, as every process of the service opens them.
 
-Owns time-outs and who retries: redis-py does not, because `RedisCalls` and the bells know which
-calls may be sent again.
+Owns what the settings say of the way there: addresses, user, certificates.
 """
 
 from dataclasses import dataclass
-
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from typing import Any
 
 from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
 from serve_app.adapters.redis_store import DAY_MS, RedisStore
 from serve_app.ports import Clock
 from serve_app.settings import Settings
-
-ANSWER_TIMEOUT_S = 5.0  # of the server; a stuck one is treated as lost
 
 
 @dataclass(frozen=True, slots=True)
 class RedisConnections:
     """The connections of one process; they open with their first use."""
 
-    client: Redis
+    nodes: RedisNodes
     calls: RedisCalls
     store: RedisStore
 
     async def close(self) -> None:
         """Finish the calls under way and disconnect."""
         await self.calls.close()
-        await self.client.aclose()
+
+
+def redis_options(settings: Settings) -> RedisOptions:
+    """What the settings say of the store."""
+    connection: dict[str, Any] = {}
+    if settings.redis_username:
+        connection["username"] = settings.redis_username
+    if settings.redis_password.get_secret_value():
+        connection["password"] = settings.redis_password.get_secret_value()
+    if settings.redis_ca_file is not None:
+        connection["ssl_ca_certs"] = str(settings.redis_ca_file)
+    if settings.redis_cert_file is not None and settings.redis_key_file is not None:
+        connection["ssl_certfile"] = str(settings.redis_cert_file)
+        connection["ssl_keyfile"] = str(settings.redis_key_file)
+    urls = settings.redis_url.get_secret_value().split(",")
+    return RedisOptions(
+        tuple(url.strip() for url in urls), connection, ack_replicas=settings.redis_ack_replicas
+    )
 
 
 def connect(settings: Settings, clock: Clock) -> RedisConnections:
     """The connections that the settings name."""
-    calls = RedisCalls(_client(settings, ANSWER_TIMEOUT_S), clock)
+    nodes = RedisNodes(redis_options(settings))
+    calls = RedisCalls(nodes, clock)
     store = RedisStore(
         calls,
         partition_count=settings.partitions,
@@ -42,16 +55,4 @@ def connect(settings: Settings, clock: Clock) -> RedisConnections:
         retention_ms=settings.retention_s * 1000,
         usage_kept_ms=settings.usage_retention_days * DAY_MS,
     )
-    # Subscriptions wait without end for their next message, so their client has no time-out.
-    return RedisConnections(_client(settings, None), calls, store)
-
-
-def _client(settings: Settings, timeout_s: float | None) -> Redis:
-    client: Redis = Redis.from_url(
-        settings.redis_url.get_secret_value(),
-        socket_timeout=timeout_s,
-        socket_connect_timeout=ANSWER_TIMEOUT_S,
-        socket_keepalive=True,
-        retry=Retry(NoBackoff(), 0),
-    )
-    return client
+    return RedisConnections(nodes, calls, store)

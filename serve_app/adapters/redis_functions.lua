@@ -2,7 +2,9 @@
 -- Every key, channel, TTL and function of the store.
 --
 -- p is KEYS[1], the prefix of one partition, "ip:{<partition>}": its braces put all keys below in
--- one hash slot, so that one call commits one transition atomically, on a cluster too.
+-- one hash slot, so that one call commits one transition atomically, on a cluster too. The key p
+-- itself never exists: so a server that is giving the slot away key by key refuses every call to it
+-- (ASK) before it begins, and no function sees half of its keys.
 --
 --   p:s:<execution>        hash    snapshot: seq owner status ws wf at prio watch created x st:<step>
 --   p:j:<execution>        stream  journal: id "<seq>-0", fields k (kind) d (JSON) c (commit id)
@@ -18,10 +20,11 @@
 --   p:use:<ws>:<day>       hash    usage counters by workflow and key; INFERPIPE_USAGE_RETENTION_DAYS
 --   p:spent:<ws>           hash    key id -> tokens it ever spent here; expires 32 days after the last
 --   p:in:<ingress>, p:w:<worker>, p:bell   sharded channels
+--   p:sync, ip:{config}:sync  string  written so that WAIT has something to wait for
 --   ip:{config}:wf:<ws>:<id>  hash  version -> definition, at:<version>, latest (live), last (ever)
 --   ip:{config}:wfs:<ws>      set   ids of live definitions
 --   ip:{config}:keys          hash  key hash -> record
---   ip:{config}:replicas      hash  replica id -> last report; channel ip:{config}:reports
+--   ip:{config}:replicas      hash  replica id -> last report; sharded channel ip:{config}:reports
 --   ip:{config}:limit:<ws>:<key>  hash  requests and tokens of a limited key; lasts for its window
 --   ip:{config}:once:<digest> hash  body, claim, answer of one Idempotency-Key; 60 s, with an answer 24 h
 --
@@ -242,6 +245,11 @@ local function heartbeat(keys, args)
   }
 end
 
+-- live_workers -> how many have a lease
+local function live_workers(keys)
+  return redis.call('ZCOUNT', keys[1] .. ':workers', '(' .. text(now_ms()), '+inf')
+end
+
 -- claim: worker limit -> {{eid, token, snapshot}...}
 local function claim(keys, args)
   local p, worker, got = keys[1], args[1], {}
@@ -326,6 +334,7 @@ end
 redis.register_function('ip1_create', create)
 redis.register_function('ip1_commit', commit)
 redis.register_function('ip1_heartbeat', heartbeat)
+redis.register_function('ip1_live_workers', live_workers)
 redis.register_function('ip1_claim', claim)
 redis.register_function('ip1_owned', owned)
 redis.register_function('ip1_watch', watch)

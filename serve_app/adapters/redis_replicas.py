@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import orjson
-import redis
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
+from serve_app.adapters.redis_blocking import call_blocking
 from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
+from serve_app.adapters.redis_subscription import Message, RedisSubscription
 from serve_app.core.inference import Begun, Ended, ReplicaLoad, ReplicaNews
 from serve_app.core.routing import ReplicaReport
 from serve_app.ports import Clock
@@ -22,7 +22,6 @@ from serve_app.ports import Clock
 _HASH = "ip:{config}:replicas"
 _CHANNEL = "ip:{config}:reports"
 _FORGET_MS = 600_000
-_RETRY_DELAY_S = 0.2
 
 _Value = TypeVar("_Value")
 
@@ -30,8 +29,8 @@ _Value = TypeVar("_Value")
 class RedisReplicas:
     """See `ports.ReplicaRegistry`."""
 
-    def __init__(self, client: Redis, calls: RedisCalls, clock: Clock) -> None:
-        self._client = client
+    def __init__(self, nodes: RedisNodes, calls: RedisCalls, clock: Clock) -> None:
+        self._subscription = RedisSubscription(nodes, (_CHANNEL,), clock)
         self._calls = calls
         self._clock = clock
 
@@ -39,7 +38,7 @@ class RedisReplicas:
         """Publish a report and keep it as the replica's last."""
         data = orjson.dumps(report)
         await self._calls.call("HSET", _HASH, report.load.replica_id, data)
-        await self._calls.call("PUBLISH", _CHANNEL, data)
+        await self._calls.call("SPUBLISH", _CHANNEL, data)
 
     async def withdraw(self, replica_id: str) -> None:
         """Forget a replica that stops."""
@@ -57,33 +56,22 @@ class RedisReplicas:
     @asynccontextmanager
     async def reports(self) -> AsyncIterator[AsyncIterator[ReplicaReport]]:
         """Present reports first, then each new one."""
-        pubsub = self._client.pubsub(ignore_subscribe_messages=True)
-        await pubsub.subscribe(_CHANNEL)
-        try:
-            yield self._stream(pubsub)
-        finally:
-            await pubsub.aclose()  # type: ignore[no-untyped-call]
+        async with self._subscription.listen() as messages:
+            yield self._stream(messages)
 
-    async def _stream(self, pubsub: Any) -> AsyncIterator[ReplicaReport]:
+    async def _stream(
+        self, messages: AsyncIterator[Message | None]
+    ) -> AsyncIterator[ReplicaReport]:
         for report in await self.latest():
             yield report
-        while True:
-            try:
-                message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=None)
-            except (RedisError, OSError):
-                await self._clock.sleep(_RETRY_DELAY_S)
-                continue  # redis-py subscribes again when it reconnects; reports come each second
-            if message is not None and message["type"] == "message":
-                yield _report(message["data"])
+        async for message in messages:
+            if message is not None:  # else reports were missed; the next come within a second
+                yield _report(message[1])
 
 
-def announce_start(redis_url: str, report: ReplicaReport) -> None:
+def announce_start(options: RedisOptions, report: ReplicaReport) -> None:
     """Report a phase from a constructor, where no event loop turns yet."""
-    client = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=5)
-    try:
-        client.hset(_HASH, report.load.replica_id, orjson.dumps(report))
-    finally:
-        client.close()
+    call_blocking(options, "HSET", _HASH, report.load.replica_id, orjson.dumps(report))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +82,9 @@ class ReplicaPhase:
     detail: str
 
 
-def read_phases(redis_url: str, since_ms: int) -> tuple[ReplicaPhase, ...]:
+def read_phases(options: RedisOptions, since_ms: int) -> tuple[ReplicaPhase, ...]:
     """The phases of replicas that reported since a moment, for whoever starts the cluster."""
-    client = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=5)
-    try:
-        rows = client.hgetall(_HASH)
-    finally:
-        client.close()
+    rows = call_blocking(options, "HGETALL", _HASH)
     reports = (_report(row) for row in rows.values())
     return tuple(ReplicaPhase(r.phase, r.detail) for r in reports if r.at_ms >= since_ms)
 

@@ -195,9 +195,7 @@ class RedisStore:
 
     async def live_workers(self) -> int:
         """See `ports.ExecutionStore`."""
-        workers = f"{partition_key(0)}:workers"
-        seconds, _ = await self._calls.call("TIME")
-        return int(await self._calls.call("ZCOUNT", workers, int(seconds) * 1000, "+inf"))
+        return int(await self._calls.fcall("ip1_live_workers", partition_key(0)))
 
     async def last_seqs(self, execution_ids: Collection[str]) -> Mapping[str, int]:
         """See `ports.ExecutionStore`."""

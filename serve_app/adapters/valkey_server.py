@@ -42,7 +42,7 @@ LOG_BYTES_READ = 8192
 # Runs in the child and becomes the server. A `preexec_fn` would do the same in the forked copy of
 # this process, where a lock that another thread held stays locked for ever; Ray and gRPC bring
 # dozens of threads. The second check closes the gap in which the parent may die before prctl.
-_LAUNCH = """
+TIED_TO_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 if sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
@@ -231,7 +231,7 @@ class EmbeddedValkey:
         command = [str(os.getpid()), str(get_binary_path()), str(self._config_path)]
         try:
             return await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", "-c", _LAUNCH, *command,
+                sys.executable, "-I", "-S", "-c", TIED_TO_PARENT, *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_fd,
                 stderr=log_fd,

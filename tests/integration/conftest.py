@@ -6,27 +6,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
 from serve_app.adapters.redis_bells import RedisBells, ingress_channels, worker_channels
 from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
 from serve_app.adapters.redis_store import RedisStore
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.valkey_server import EmbeddedValkey
 from tests.support.api import Api, running_api
+from tests.support.valkey_cluster import ValkeyCluster, raw_client
 
 PARTITIONS = 4
 
 
-@pytest.fixture(scope="session")
-def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server for the whole session; tests keep apart by flushing."""
+# For a test that speaks of one server only: `@ONE_SERVER`. Every other runs on a cluster too.
+ONE_SERVER = pytest.mark.parametrize("valkey_url", ["server"], indirect=True)
+
+
+@pytest.fixture(scope="session", params=["server", "cluster"])
+def valkey_url(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A store for the whole session; tests keep apart by flushing."""
     data_dir: Path = tmp_path_factory.mktemp("valkey")
     with asyncio.Runner() as runner:
-        server = EmbeddedValkey(data_dir, SystemClock(), SystemEntropy())
+        server: EmbeddedValkey | ValkeyCluster
+        if request.param == "cluster":
+            server = ValkeyCluster(data_dir)
+        else:
+            server = EmbeddedValkey(data_dir, SystemClock(), SystemEntropy())
         runner.run(server.start())
-        yield server.url
-        runner.run(server.stop())
+        try:
+            yield server.url
+        finally:
+            runner.run(server.stop())
 
 
 @dataclass
@@ -35,22 +49,24 @@ class StoreBench:
 
     url: str
     store: RedisStore
-    client: "Redis[bytes]"
+    client: "Redis[bytes] | RedisCluster[bytes]"
+    nodes: RedisNodes
     calls: RedisCalls
 
     def bells(self, worker_id: str, ingress_id: str) -> RedisBells:
         """Bells of one worker and one ingress."""
         channels = worker_channels(worker_id, PARTITIONS) + ingress_channels(ingress_id, PARTITIONS)
-        return RedisBells(self.client, channels, SystemClock())
+        return RedisBells(self.nodes, channels, SystemClock())
 
 
 def open_store(url: str, *, backlog_max: int = 1000) -> StoreBench:
     """A store with its own connections."""
-    calls = RedisCalls(Redis.from_url(url, socket_timeout=5), SystemClock())
+    nodes = RedisNodes(RedisOptions(tuple(url.split(","))))
+    calls = RedisCalls(nodes, SystemClock())
     store = RedisStore(
         calls, partition_count=PARTITIONS, backlog_max=backlog_max, retention_ms=60_000
     )
-    return StoreBench(url, store, Redis.from_url(url), calls)
+    return StoreBench(url, store, raw_client(url), nodes, calls)
 
 
 @pytest.fixture

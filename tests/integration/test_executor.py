@@ -15,10 +15,10 @@ from uuid import uuid4
 
 import pytest
 from pydantic import SecretStr
-from redis.asyncio import Redis
 
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
 from serve_app.adapters.redis_connect import RedisConnections, connect
+from serve_app.adapters.redis_nodes import RedisNodes
 from serve_app.adapters.redis_store import RedisStore
 from serve_app.core import journal
 from serve_app.core.errors import (
@@ -47,6 +47,7 @@ from serve_app.services.executor import Executor, WorkerLimits
 from serve_app.services.feeds import Feeds
 from serve_app.services.runner import Runtime
 from serve_app.settings import Settings
+from tests.integration.conftest import ONE_SERVER
 from tests.support.checker import (
     Entry,
     entries_of_stored,
@@ -56,6 +57,7 @@ from tests.support.checker import (
 )
 from tests.support.harness import PARTITIONS, Harness
 from tests.support.tcp_proxy import TcpProxy
+from tests.support.valkey_cluster import raw_client
 
 WITHIN_S = 10.0
 LEASE_MS = 600
@@ -140,6 +142,7 @@ class Bench(Harness):
         super().__post_init__()
         self.surface_url = self.url
         self.opened: list[RedisConnections] = []
+        self.client = raw_client(self.url)
         self.stores: dict[str, Mortal] = {}
 
     def open(self, url: str) -> RedisConnections:
@@ -149,9 +152,9 @@ class Bench(Harness):
         self.opened.append(connect(settings, self.clock))
         return self.opened[-1]
 
-    def connect(self) -> "tuple[Redis[bytes], RedisStore]":
+    def connect(self) -> tuple[RedisNodes, RedisStore]:
         opened = self.open(self.surface_url)
-        return opened.client, opened.store
+        return opened.nodes, opened.store
 
     async def start_worker(
         self,
@@ -164,7 +167,7 @@ class Bench(Harness):
         opened = self.open(url or self.url)
         store = Mortal(opened.store)
         runtime = Runtime(store, self.step_types, self.expressions, self.clock, self.entropy)
-        bells: Bells = RedisBells(opened.client, worker_channels(name, PARTITIONS), self.clock)
+        bells: Bells = RedisBells(opened.nodes, worker_channels(name, PARTITIONS), self.clock)
         if hears is not None:
             bells = HardOfHearing(bells, hears)
         executor = Executor(name, runtime, bells, self.catalog, limits)
@@ -200,19 +203,21 @@ class Bench(Harness):
     async def owner(self, execution_id: str) -> str:
         """The worker that the store has as the owner, or nothing."""
         key = f"ip:{{{int(execution_id[4:6], 16)}}}:s:{execution_id}"
-        token = await self.opened[0].client.hget(key, "owner")
+        token = await self.client.hget(key, "owner")
         return token.decode().rpartition("/")[0]
 
     async def close(self) -> None:
         await super().close()
         for opened in self.opened:
             await opened.close()
+        await self.client.aclose()
 
 
 @pytest.fixture
 async def bench(valkey_url: str) -> AsyncIterator[Bench]:
     bench = Bench(valkey_url, definitions=[THREE, PAIR])
-    await bench.open(valkey_url).client.flushall()
+    bench.open(valkey_url)
+    await bench.client.flushall()
     yield bench
     await bench.close()
 
@@ -541,7 +546,7 @@ async def test_a_full_backlog_refuses_and_loses_nothing(bench: Bench) -> None:
         refused = [one for one in answers if isinstance(one, OverloadedError)]
         assert Counter(one[4:6] for one in ids) == {f"{p:02x}": 10 for p in range(PARTITIONS)}
         assert len(ids) + len(refused) == 200
-        keys = [key async for key in bench.opened[0].client.scan_iter("ip:*:s:*", count=1000)]
+        keys = [key async for key in bench.client.scan_iter("ip:*:s:*", count=1000)]
         assert len(keys) == len(ids)
         await bench.start_worker(
             "w1", limits=replace(LIMITS, capacity=8)
@@ -612,6 +617,7 @@ async def test_a_key_gives_one_execution(bench: Bench, executions: Executions) -
     assert bench.recorder.count("one")[execution_id] == 1
 
 
+@ONE_SERVER  # the proxy stands before one; a cluster's nodes name their own addresses
 async def test_cut_connections_lose_and_repeat_nothing(bench: Bench) -> None:
     """Everything but the tests' own reads goes through a network that breaks all the time."""
 

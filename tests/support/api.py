@@ -99,7 +99,7 @@ async def running_api(
     await publish(services)
     types = step_types(inference, JsonSchemas(), entropy)
     runtime = Runtime(stores.store, types, CelExpressions(), clock, entropy)
-    bells = RedisBells(stores.client, worker_channels("w1", settings.partitions), clock)
+    bells = RedisBells(stores.nodes, worker_channels("w1", settings.partitions), clock)
     executor = Executor("w1", runtime, bells, services.catalog, WorkerLimits(3000, 200, 64))
     works = (services.feeds.run(), services.health.run(), executor.run())
     running = [asyncio.ensure_future(work) for work in works]

@@ -5,12 +5,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from redis.asyncio import Redis
-
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, ingress_channels, worker_channels
 from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
 from serve_app.adapters.redis_store import RedisStore
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.core.errors import UnknownWorkflowError
@@ -60,7 +59,6 @@ class Harness:
         self.expressions, self.schemas = CelExpressions(), JsonSchemas()
         self.step_types = {"echo": ECHO, "transform": TRANSFORM, **self.step_types}
         self.catalog = StaticCatalog({str(d["id"]): self.parse(d) for d in self.definitions})
-        self.clients: list[Redis[bytes]] = []
         self.calls: list[RedisCalls] = []
         self.executors: dict[str, tuple[Executor, asyncio.Task[None]]] = {}
 
@@ -72,22 +70,21 @@ class Harness:
             step_checks={name: kind.check for name, kind in self.step_types.items()},
         )
 
-    def connect(self) -> tuple["Redis[bytes]", RedisStore]:
-        client = Redis.from_url(self.url)
-        calls = RedisCalls(Redis.from_url(self.url, socket_timeout=5), self.clock)
+    def connect(self) -> tuple[RedisNodes, RedisStore]:
+        nodes = RedisNodes(RedisOptions(tuple(self.url.split(","))))
+        calls = RedisCalls(nodes, self.clock)
         store = RedisStore(
             calls, partition_count=PARTITIONS, backlog_max=self.backlog_max, retention_ms=600_000
         )
-        self.clients.append(client)
         self.calls.append(calls)
-        return client, store
+        return nodes, store
 
     async def start_executor(self, name: str) -> Executor:
-        client, store = self.connect()
+        nodes, store = self.connect()
         runtime = Runtime(
             store, self.step_types, self.expressions, self.clock, self.entropy, self.on_end
         )
-        bells = RedisBells(client, worker_channels(name, PARTITIONS), self.clock)
+        bells = RedisBells(nodes, worker_channels(name, PARTITIONS), self.clock)
         executor = Executor(name, runtime, bells, self.catalog, self.limits)
         self.executors[name] = (executor, asyncio.ensure_future(executor.run()))
         while not executor.beat_at_s:
@@ -101,8 +98,8 @@ class Harness:
 
     @asynccontextmanager
     async def surface(self, name: str = "ingress") -> AsyncIterator[tuple[Executions, Feeds]]:
-        client, store = self.connect()
-        bells = RedisBells(client, ingress_channels(name, PARTITIONS), self.clock)
+        nodes, store = self.connect()
+        bells = RedisBells(nodes, ingress_channels(name, PARTITIONS), self.clock)
         feeds = Feeds(name, store, bells, self.clock, render_sse)
         executions = Executions(
             store,
@@ -126,5 +123,3 @@ class Harness:
             await self.stop_executor(name)
         for calls in self.calls:
             await calls.close()
-        for client in self.clients:
-            await client.aclose()
