@@ -5,13 +5,13 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
-from redis.asyncio import Redis
 
 from serve_app.adapters.redis_store import partition_key
 from serve_app.core.execution import Execution, ExecutionCreated
 from serve_app.core.journal import Outgoing, execution_id
 from serve_app.services.executor import WorkerLimits
 from tests.support.harness import PARTITIONS, Harness
+from tests.support.valkey_cluster import flush, raw_client
 
 SLOW_BEATS = WorkerLimits(lease_ttl_ms=120_000, heartbeat_ms=30_000)
 ECHO = {"id": "e", "steps": [{"id": "only", "echo": {}}]}
@@ -27,8 +27,8 @@ async def tell_all(execution: Execution) -> Sequence[Outgoing]:
 @pytest.fixture
 async def harness(valkey_url: str) -> AsyncIterator[Harness]:
     running = Harness(valkey_url, definitions=[ECHO], limits=SLOW_BEATS, on_end=tell_all)
-    client, running.store = running.connect()
-    await client.flushall()
+    _, running.store = running.connect()
+    await flush(valkey_url)
     yield running
     await running.close()
 
@@ -55,7 +55,7 @@ async def test_an_ending_is_relayed_at_once_not_by_a_later_heartbeat(harness: Ha
     """Beats are 30 s apart, and the test waits for less."""
     await harness.start_executor("w1")
     ids = [await start(harness, number) for number in range(40)]
-    client = Redis.from_url(harness.url)
+    client = raw_client(harness.url)
     await all_told(client, len(ids))
     for partition in range(PARTITIONS):
         assert sorted(await told(client, partition)) == sorted(one.encode() for one in ids)
@@ -66,7 +66,7 @@ async def test_an_ending_is_relayed_at_once_not_by_a_later_heartbeat(harness: Ha
 async def test_what_a_dead_worker_left_in_an_outbox_is_relayed_by_the_next(
     harness: Harness,
 ) -> None:
-    client = Redis.from_url(harness.url)
+    client = raw_client(harness.url)
     outbox = f"{partition_key(2)}:outbox"
     for number in range(300):
         await client.xadd(outbox, {"m": f"m{number}", "t": "1:ends", "b": str(number)})
@@ -81,7 +81,7 @@ async def test_what_a_dead_worker_left_in_an_outbox_is_relayed_by_the_next(
 
 
 async def test_two_workers_that_relay_the_same_outbox_deliver_once(harness: Harness) -> None:
-    client = Redis.from_url(harness.url)
+    client = raw_client(harness.url)
     for number in range(100):
         await client.xadd(
             f"{partition_key(0)}:outbox", {"m": f"m{number}", "t": "3:ends", "b": "x"}
@@ -93,7 +93,7 @@ async def test_two_workers_that_relay_the_same_outbox_deliver_once(harness: Harn
 
 
 async def test_a_message_that_cannot_be_applied_holds_up_no_other(harness: Harness) -> None:
-    client = Redis.from_url(harness.url)
+    client = raw_client(harness.url)
     await client.set(f"{partition_key(1)}:log:broken", "no stream")
     outbox = f"{partition_key(0)}:outbox"
     for number, log in enumerate(("broken", "ends", "ends")):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import httpx
 from fastapi import FastAPI
-from redis.asyncio import Redis
 
 from deployments.composition import compose, publish
 from serve_app.adapters.cel_expressions import CelExpressions
@@ -31,6 +30,7 @@ from serve_app.services.inference import Inference
 from serve_app.services.runner import Runtime
 from serve_app.settings import Settings
 from serve_app.steps import step_types
+from tests.support.valkey_cluster import flush
 
 ADMIN_KEY = "ip_surface-test-key-0123456789"
 USAGE = Usage(prompt_tokens=11, completion_tokens=3, cached_tokens=4)
@@ -81,8 +81,7 @@ async def running_api(
     url: str, data_dir: Path, inference: Inference | None = None, **given: object
 ) -> AsyncIterator[Api]:
     """The application over an emptied store, with one executor."""
-    async with Redis.from_url(url) as client:
-        await client.flushall()
+    await flush(url)
     settings = Settings(
         redis_url=url,  # type: ignore[arg-type]
         data_dir=data_dir,

@@ -163,6 +163,12 @@ def raw_client(url: str) -> "Redis[bytes] | RedisCluster[bytes]":
     return RedisCluster.from_url(first) if "," in url else Redis.from_url(first)
 
 
+async def flush(url: str) -> None:
+    """Empty a store, so that a test starts with none of another's."""
+    async with raw_client(url) as client:
+        await client.flushall()
+
+
 async def _info(node: ClusterNode) -> str:
     return (await node.ask("CLUSTER", "INFO")).decode()
 
