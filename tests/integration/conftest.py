@@ -20,27 +20,37 @@ from tests.support.valkey_cluster import ValkeyCluster, raw_client
 PARTITIONS = 4
 
 
-# For a test that speaks of one server only: `@ONE_SERVER`. Every other runs on a cluster too.
-ONE_SERVER = pytest.mark.parametrize("valkey_url", ["server"], indirect=True)
+# For a test that speaks of one server only; every other with a `store_url` runs on a cluster too.
+ONE_SERVER = pytest.mark.parametrize("store_url", ["valkey_url"], indirect=True)
 
 
-@pytest.fixture(scope="session", params=["server", "cluster"])
-def valkey_url(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """A store for the whole session; tests keep apart by flushing."""
-    data_dir: Path = tmp_path_factory.mktemp("valkey")
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One server for the whole session; tests keep apart by flushing."""
     with asyncio.Runner() as runner:
-        server: EmbeddedValkey | ValkeyCluster
-        if request.param == "cluster":
-            server = ValkeyCluster(data_dir)
-        else:
-            server = EmbeddedValkey(data_dir, SystemClock(), SystemEntropy())
+        data_dir = tmp_path_factory.mktemp("valkey")
+        server = EmbeddedValkey(data_dir, SystemClock(), SystemEntropy())
         runner.run(server.start())
+        yield server.url
+        runner.run(server.stop())
+
+
+@pytest.fixture(scope="session")
+def cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cluster of three primaries for the whole session."""
+    with asyncio.Runner() as runner:
+        cluster = ValkeyCluster(tmp_path_factory.mktemp("cluster"))
         try:
-            yield server.url
+            runner.run(cluster.start())
+            yield cluster.url
         finally:
-            runner.run(server.stop())
+            runner.run(cluster.stop())
+
+
+@pytest.fixture(scope="session", params=["valkey_url", "cluster_url"], ids=["server", "cluster"])
+def store_url(request: pytest.FixtureRequest) -> str:
+    """Every kind of store that the service runs on."""
+    return str(request.getfixturevalue(request.param))
 
 
 @dataclass
@@ -52,6 +62,10 @@ class StoreBench:
     client: "Redis[bytes] | RedisCluster[bytes]"
     nodes: RedisNodes
     calls: RedisCalls
+
+    async def keys(self, pattern: str) -> list[bytes]:
+        """The keys of all servers."""
+        return [key async for key in self.client.scan_iter(pattern, count=1000)]
 
     def bells(self, worker_id: str, ingress_id: str) -> RedisBells:
         """Bells of one worker and one ingress."""
@@ -70,9 +84,9 @@ def open_store(url: str, *, backlog_max: int = 1000) -> StoreBench:
 
 
 @pytest.fixture
-async def bench(valkey_url: str) -> AsyncIterator[StoreBench]:
+async def bench(store_url: str) -> AsyncIterator[StoreBench]:
     """An empty store."""
-    opened = open_store(valkey_url)
+    opened = open_store(store_url)
     await opened.client.flushall()
     yield opened
     await opened.calls.close()

@@ -214,9 +214,9 @@ class Bench(Harness):
 
 
 @pytest.fixture
-async def bench(valkey_url: str) -> AsyncIterator[Bench]:
-    bench = Bench(valkey_url, definitions=[THREE, PAIR])
-    bench.open(valkey_url)
+async def bench(store_url: str) -> AsyncIterator[Bench]:
+    bench = Bench(store_url, definitions=[THREE, PAIR])
+    bench.open(store_url)
     await bench.client.flushall()
     yield bench
     await bench.close()

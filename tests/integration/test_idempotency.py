@@ -125,7 +125,7 @@ async def test_a_claim_repeated_by_its_holder_is_still_its_own(bench: StoreBench
     await book.drop(scope, "mine")
     assert (await book.begin(scope, "h", "theirs")).answer == b"answer"
     assert (await book.begin(scope, "other", "theirs")).state is ClaimState.CONFLICT
-    [name] = await bench.client.keys("ip:{config}:once:*")
+    [name] = await bench.keys("ip:{config}:once:*")
     assert 0 < await bench.client.pttl(name) <= 24 * 3600 * 1000
 
 

@@ -25,10 +25,10 @@ async def tell_all(execution: Execution) -> Sequence[Outgoing]:
 
 
 @pytest.fixture
-async def harness(valkey_url: str) -> AsyncIterator[Harness]:
-    running = Harness(valkey_url, definitions=[ECHO], limits=SLOW_BEATS, on_end=tell_all)
+async def harness(store_url: str) -> AsyncIterator[Harness]:
+    running = Harness(store_url, definitions=[ECHO], limits=SLOW_BEATS, on_end=tell_all)
     _, running.store = running.connect()
-    await flush(valkey_url)
+    await flush(store_url)
     yield running
     await running.close()
 

@@ -255,12 +255,12 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(180)
-def test_store_agrees_with_the_model(valkey_url: str) -> None:
-    StoreMachine.url = valkey_url
+def test_store_agrees_with_the_model(store_url: str) -> None:
+    StoreMachine.url = store_url
     machine = StoreMachine.TestCase
     machine.settings = settings(
         # The commands are the same ones; on a cluster it is the way to them that is tried.
-        max_examples=10 if "," in valkey_url else 40,
+        max_examples=10 if "," in store_url else 40,
         stateful_step_count=25,
         deadline=None,
         suppress_health_check=list(HealthCheck),

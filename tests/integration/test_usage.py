@@ -115,5 +115,5 @@ async def test_a_call_is_counted_once_however_often_it_is_sent(bench: StoreBench
     assert (row.requests, row.usage, row.wasted) == (1, Usage(5, 2, 1), {"cancelled": 7})
     assert await ledger.spent_tokens("w", "k1") == 7
     assert await ledger.spent_tokens("other", "k1") == 0
-    [name] = await bench.client.keys("*:use:*")
+    [name] = await bench.keys("*:use:*")
     assert 0 < await bench.client.pttl(name) <= 60_000
