@@ -7,9 +7,10 @@ from importlib.metadata import version
 
 from deployments.definitions import catalog_of, publish_definitions
 from serve_app.adapters.json_schema import JsonSchemas
+from serve_app.adapters.metrics import ProcessMetrics
 from serve_app.adapters.redis_bells import RedisBells, ingress_channels
 from serve_app.adapters.redis_config import RedisKeys
-from serve_app.adapters.redis_connect import RedisConnections
+from serve_app.adapters.redis_connect import RedisConnections, metrics_of
 from serve_app.adapters.redis_idempotency import RedisIdempotency
 from serve_app.adapters.redis_limits import RedisLimits
 from serve_app.adapters.redis_replicas import RedisReplicas
@@ -71,6 +72,8 @@ def compose(
         limits=limits,
         authenticator=Authenticator(keys, limits, clock, settings),
         inference=inference,
+        request_metrics=ProcessMetrics(),
+        metrics_page=metrics_of(settings, stores, clock, f"ingress-{ingress_id}"),
         health=Health(stores.store, registry, clock, has_models=settings.model_replicas > 0),
         clock=clock,
         entropy=entropy,

@@ -44,6 +44,7 @@ class Ingress:
         self._background = Background()
         self._background.start("feeds", self._services.feeds.run())
         self._background.start("health", self._services.health.run())
+        self._background.start("metrics", self._services.metrics_page.run())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, once the constructor is done."""

@@ -8,7 +8,8 @@ from ray import serve
 
 from deployments.addresses import own_address
 from deployments.background import Background
-from serve_app.adapters.redis_connect import connect, redis_options
+from serve_app.adapters.metrics import EngineMetrics
+from serve_app.adapters.redis_connect import connect, metrics_of, redis_options
 from serve_app.adapters.redis_replicas import RedisReplicas, announce_start
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link_server import TokenLinkServer
@@ -44,13 +45,18 @@ class ModelReplica:
         log_path = settings.data_dir / "logs" / f"engine-{self._replica_id}.log"
         _redirect_output(log_path)
         try:
-            engine = VllmEngine.start(_engine_settings(settings), self._clock)
+            measures = EngineMetrics(settings.model_name)
+            engine = VllmEngine.start(_engine_settings(settings), self._clock, measures.step_ended)
         except Exception as error:
             detail = f"{_last_lines(log_path)}\n{type(error).__name__}: {error}".strip()
             announce_start(store, self._report("failed", detail))
             raise
         self._engine = MeteredEngine(
-            engine, self._clock, region=settings.region, stake=settings.stake
+            engine,
+            self._clock,
+            region=settings.region,
+            stake=settings.stake,
+            observe=measures.request_ended,
         )
         self._stores = connect(settings, self._clock)
         self._registry = RedisReplicas(self._stores.nodes, self._stores.calls, self._clock)
@@ -61,6 +67,8 @@ class ModelReplica:
         await self._server.start(own_address(settings))
         self._background = Background()
         self._background.start("reports", self._report_load())
+        metrics = metrics_of(settings, self._stores, self._clock, f"model-{self._replica_id}")
+        self._background.start("metrics", metrics.run())
 
     async def check_health(self) -> None:
         """Unhealthy when the engine is dead or stands still."""

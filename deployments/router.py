@@ -3,7 +3,7 @@
 from ray import serve
 
 from deployments.background import Background
-from serve_app.adapters.redis_connect import connect
+from serve_app.adapters.redis_connect import connect, metrics_of
 from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.telemetry import configure_logging
@@ -32,6 +32,8 @@ class RouterDeployment:
         self._router = Router(registry, secret, clock, SystemEntropy())
         self._background = Background()
         self._background.start("router", self._router.run())
+        process = f"router-{SystemEntropy().token()}"
+        self._background.start("metrics", metrics_of(settings, self._stores, clock, process).run())
 
     async def admit(self, request: AdmitRequest) -> Grant:
         """Choose a replica; see `ports.Admission`."""

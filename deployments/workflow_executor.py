@@ -14,7 +14,7 @@ from deployments.definitions import catalog_of
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
-from serve_app.adapters.redis_connect import connect
+from serve_app.adapters.redis_connect import connect, metrics_of
 from serve_app.adapters.serve_admission import Handle, ServeAdmission
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link import TcpTokenLink
@@ -71,6 +71,8 @@ class WorkflowExecutor:
         )
         self._background = Background()
         self._background.start("executor", self._executor.run())
+        metrics = metrics_of(settings, self._stores, self._clock, f"executor-{worker_id}")
+        self._background.start("metrics", metrics.run())
         self._background.start("peers", self._watch_peers())
 
     async def check_health(self) -> None:

@@ -493,6 +493,36 @@ class UsageLedger(Protocol):
         ...
 
 
+class RequestMetrics(Protocol):
+    """What the ingress counts of its requests."""
+
+    def request_answered(
+        self, method: str, route: str, status: int, first_byte_s: float | None
+    ) -> None:
+        """Count a request; `route` is its template, and no status or time means no answer."""
+        ...
+
+    def stream_opened(self) -> None:
+        """An event stream began."""
+        ...
+
+    def stream_closed(self) -> None:
+        """An event stream ended, however."""
+        ...
+
+
+class MetricsPage(Protocol):
+    """The metrics of all processes."""
+
+    async def run(self) -> None:
+        """Publish this process's own until cancelled."""
+        ...
+
+    async def page(self) -> bytes:
+        """In Prometheus's text format; without the other processes' while the store is away."""
+        ...
+
+
 class KeyRing(Protocol):
     """API keys, known by their hash alone, and the workspaces they belong to."""
 

@@ -71,6 +71,10 @@ class Settings(BaseSettings):
     workflows_dir: Path | None = Field(
         None, description="A directory of your own definitions (*.yaml), read at start."
     )
+    metrics_open: bool = Field(
+        default=False,
+        description="`/metrics` without a key although the port is not bound to loopback.",
+    )
     timeout_default_ms: int = Field(
         3_600_000, ge=1, description="Deadline of an execution that names none."
     )

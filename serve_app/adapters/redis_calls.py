@@ -31,6 +31,7 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
+from serve_app.adapters.metrics import store_answered
 from serve_app.adapters.redis_library import RedisLibrary
 from serve_app.adapters.redis_nodes import Address, RedisNodes
 from serve_app.core.errors import OverloadedError, StoreUnavailableError
@@ -141,14 +142,15 @@ class RedisCalls:
     def _lane(self, address: Address) -> "_Lane":
         lane = self._lanes.get(address)
         if lane is None:
-            lane = self._lanes[address] = _Lane(self._nodes, address)
+            lane = self._lanes[address] = _Lane(self._nodes, address, self._clock)
         return lane
 
 
 class _Lane:
     """The batches for one server, one after the other."""
 
-    def __init__(self, nodes: RedisNodes, address: Address) -> None:
+    def __init__(self, nodes: RedisNodes, address: Address, clock: Clock) -> None:
+        self._clock = clock
         self._nodes = nodes
         self._address = address
         self._waiting: deque[tuple[str, Command, asyncio.Future[Any]]] = deque()
@@ -172,8 +174,10 @@ class _Lane:
         while self._waiting:
             size = min(len(self._waiting), BATCH_MAX)
             batch = [self._waiting.popleft() for _ in range(size)]
+            sent_s = self._clock.monotonic_s()
             try:
                 answers = await self._exchange(batch[0][0], [command for _, command, _ in batch])
+                store_answered(len(batch), self._clock.monotonic_s() - sent_s)
             except _UNREACHED as error:
                 answers = [RedisConnectionError(str(error)) for _ in batch]
             except BaseException as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_metrics import RedisMetrics
 from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
 from serve_app.adapters.redis_store import DAY_MS, RedisStore
 from serve_app.ports import Clock
@@ -56,3 +57,10 @@ def connect(settings: Settings, clock: Clock) -> RedisConnections:
         usage_kept_ms=settings.usage_retention_days * DAY_MS,
     )
     return RedisConnections(nodes, calls, store)
+
+
+def metrics_of(
+    settings: Settings, stores: RedisConnections, clock: Clock, process: str
+) -> RedisMetrics:
+    """The page of a process's metrics, among those of the others."""
+    return RedisMetrics(stores.calls, clock, process, partition_count=settings.partitions)

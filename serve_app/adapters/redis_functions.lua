@@ -26,6 +26,7 @@
 --   ip:{config}:keys          hash  key hash -> record
 --   ip:{config}:replicas      hash  replica id -> last report; sharded channel ip:{config}:reports
 --   ip:{config}:limit:<ws>:<key>  hash  requests and tokens of a limited key; lasts for its window
+--   ip:{config}:metrics       hash  process -> when and what it last published of its metrics
 --   ip:{config}:once:<digest> hash  body, claim, answer of one Idempotency-Key; 60 s, with an answer 24 h
 --
 -- Snapshot and journal expire `retention` ms after the terminal event; everything else goes with

@@ -14,6 +14,7 @@ from serve_app.adapters.event_codec import (
     decode_stored,
     encode_event,
 )
+from serve_app.adapters.metrics import execution_ended
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_usage import booking_args
 from serve_app.core.errors import OverloadedError
@@ -119,6 +120,8 @@ class RedisStore:
             args.extend(booking_args(spending_of(after), self._usage_kept_ms))
         answer = await self._calls.fcall("ip1_commit", self._key(after.id), *args)
         if answer[0] == b"new":
+            if verb == "end":
+                execution_ended(after.status)
             return Committed(ready_depth=int(answer[1]))
         if answer[0] in (b"same", b"conflict"):
             return Conflict(_stored(answer[1]), is_ours=answer[0] == b"same")

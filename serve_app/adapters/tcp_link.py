@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from serve_app.adapters.metrics import links_changed
 from serve_app.adapters.tcp_link_protocol import LinkProtocol
 from serve_app.adapters.tcp_link_wire import (
     VERSION,
@@ -123,11 +124,13 @@ class TcpTokenLink:
         finally:
             del self._attempts[address]
         self._connections[address] = connection
+        links_changed(len(self._connections))
         return connection
 
     def _forget(self, address: Address, connection: "_ClientConnection") -> None:
         if self._connections.get(address) is connection:
             del self._connections[address]
+            links_changed(len(self._connections))
 
 
 class _ClientStream:

@@ -75,6 +75,10 @@ class EngineSettings:
     structured_backend: Literal["guidance", "xgrammar"] = "guidance"
 
 
+def _ignore(_: object) -> None:
+    """Observe nothing."""
+
+
 class VllmEngine:
     """One vLLM engine; made by `start`."""
 
@@ -95,8 +99,12 @@ class VllmEngine:
         self._alive_at_s = clock.monotonic_s()  # when a step ended, or the idle engine got work
 
     @classmethod
-    def start(cls, settings: EngineSettings, clock: Clock) -> "VllmEngine":
+    def start(
+        cls, settings: EngineSettings, clock: Clock, observe_step: Callable[[Any], None] = _ignore
+    ) -> "VllmEngine":
         """Start the engine's processes and load the model; blocks for about 20 s on a CPU.
+
+        `observe_step` is told of each engine step, by vLLM's own `SchedulerStats`.
 
         Works with and without a running event loop in this thread; everything else wants the loop
         on which the engine is used first.
@@ -109,9 +117,11 @@ class VllmEngine:
 
         engine: VllmEngine | None = None
 
-        def step_ended(kv_usage: float | None) -> None:
+        def step_ended(stats: Any) -> None:
             if engine is not None:
-                engine._step_ended(kv_usage)
+                engine._step_ended(None if stats is None else stats.kv_cache_usage)
+            if stats is not None:
+                observe_step(stats)
 
         llm = async_llm.AsyncLLM.from_engine_args(
             vllm.AsyncEngineArgs(**_engine_arguments(settings)),
@@ -312,8 +322,8 @@ def _drop_front_statistics(llm: Any) -> None:
         llm._run_output_handler()  # noqa: SLF001
 
 
-def _step_logger_type(step_ended: Callable[[float | None], None]) -> type:
-    """A stat logger that only tells that a step ended and how full the KV cache is.
+def _step_logger_type(step_ended: Callable[[Any], None]) -> type:
+    """A stat logger that only tells that a step ended and what the scheduler says of it.
 
     It is a `PrometheusStatLogger` by type and by nothing else: beside any other logger vLLM adds
     that one by itself, and its counters cost more per step than the step's tokens.
@@ -325,7 +335,7 @@ def _step_logger_type(step_ended: Callable[[float | None], None]) -> type:
             """Start no counters."""
 
         def record(self, scheduler_stats: Any, *_: object, **__: object) -> None:
-            step_ended(None if scheduler_stats is None else scheduler_stats.kv_cache_usage)
+            step_ended(scheduler_stats)
 
         def log_engine_initialized(self) -> None:
             """Say nothing."""

@@ -47,6 +47,21 @@ NO_USAGE = Usage()
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """One request that an engine has ended.
+
+    Args:
+        finish_reason: None where it ended in an error.
+        ttft_s: None where no token came.
+    """
+
+    usage: Usage
+    finish_reason: FinishReason | None
+    ttft_s: float | None
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a chat; `role` is system, user or assistant."""
 

@@ -1,14 +1,11 @@
-"""The one FastAPI application: middleware, error answers, routes.
+"""The one FastAPI application: its services, its routes, and its answers to errors.
 
-Owns request ids, the access log and the mapping of every error to an answer. Builds no adapter:
-its services come in ready. Invariant: no stack trace leaves the process, and every answer names
-its request.
+Owns which routes there are and the mapping of every error to an answer; `middleware` has what all
+requests pass. Builds no adapter: its services come in ready.
 """
 
 import asyncio
-import logging
-import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -17,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.core.errors import (
     InvalidRequestError,
@@ -25,18 +21,25 @@ from serve_app.core.errors import (
     NotFoundError,
     ServeAppError,
 )
-from serve_app.core.limits import Standing
 from serve_app.ingress.auth import Authenticator
 from serve_app.ingress.errors import problem_response
-from serve_app.ports import Clock, Entropy, Idempotency, KeyRing, UsageLedger, WorkflowCatalog
+from serve_app.ingress.middleware import Observed
+from serve_app.ports import (
+    Clock,
+    Entropy,
+    Idempotency,
+    KeyRing,
+    MetricsPage,
+    RequestMetrics,
+    UsageLedger,
+    WorkflowCatalog,
+)
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
 from serve_app.services.inference import Inference
 from serve_app.services.limits import KeyLimits
 from serve_app.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -49,7 +52,6 @@ _EXPOSED_HEADERS = (
     "RateLimit-Remaining",
     "RateLimit-Reset",
 )
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class Services:
     limits: KeyLimits
     authenticator: Authenticator
     health: Health
+    request_metrics: RequestMetrics
+    metrics_page: MetricsPage
     inference: Inference
     clock: Clock
     entropy: Entropy
@@ -90,6 +94,7 @@ def create_app(services: Services) -> FastAPI:
         executions,
         health,
         keys,
+        metrics,
         stream_tokens,
         usage,
         workflows,
@@ -110,6 +115,7 @@ def create_app(services: Services) -> FastAPI:
         stream_tokens,
         usage,
         health,
+        metrics,
         websocket,
     ):
         app.include_router(routes.router)
@@ -124,9 +130,10 @@ def create_app(services: Services) -> FastAPI:
             expose_headers=_EXPOSED_HEADERS,
         )
     app.add_middleware(
-        _RequestIds,
+        Observed,
         entropy=services.entropy,
         clock=services.clock,
+        metrics=services.request_metrics,
         is_behind_serve=services.is_behind_serve,
     )
     return app
@@ -155,84 +162,3 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     answer = problem_response(refusal, request.state.request_id)
     answer.headers.update(error.headers or {})
     return answer
-
-
-class _RequestIds:
-    """Takes or makes X-Request-Id, echoes it, logs the request, and answers what nobody caught."""
-
-    def __init__(
-        self, app: ASGIApp, entropy: Entropy, clock: Clock, *, is_behind_serve: bool
-    ) -> None:
-        self._app = app
-        self._is_behind_serve = is_behind_serve
-        self._entropy = entropy
-        self._clock = clock
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = _sent_id(scope) or self._entropy.token()
-        # Serve's own middleware echoes an id that it sent on to us; ours would stand beside it.
-        is_echoed = self._is_behind_serve and _sent_id(scope) is not None
-        scope.setdefault("state", {})["request_id"] = request_id
-        started_s = self._clock.monotonic_s()
-        status = 0
-
-        async def send_named(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                own = [] if is_echoed else [(b"x-request-id", request_id.encode())]
-                own += _limit_headers(scope["state"].get("standing"))
-                message["headers"] = [*message.get("headers", ()), *own]
-            await send(message)
-
-        try:
-            await self._answer(scope, receive, send_named, lambda: status)
-        finally:
-            logger.info(
-                "request",
-                extra={
-                    "request_id": request_id,
-                    "method": scope["method"],
-                    "path": scope["path"],
-                    "status": status,
-                    "duration_ms": round((self._clock.monotonic_s() - started_s) * 1000, 1),
-                },
-            )
-
-    async def _answer(
-        self, scope: Scope, receive: Receive, send: Send, status: Callable[[], int]
-    ) -> None:
-        try:
-            await self._app(scope, receive, send)
-        except Exception:  # the last resort: logged in full, answered in general words
-            logger.exception("unhandled", extra={"request_id": scope["state"]["request_id"]})
-            if status():
-                raise  # the answer has begun: only cutting it off tells the client
-            await _internal(scope)(scope, receive, send)
-
-
-def _internal(scope: Scope) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
-    error = ServeAppError("internal error; the log has it under this request id")
-    return problem_response(error, scope["state"]["request_id"])
-
-
-def _limit_headers(standing: Standing | None) -> list[tuple[bytes, bytes]]:
-    if standing is None:
-        return []
-    values = {
-        b"ratelimit-limit": standing.count_max,
-        b"ratelimit-remaining": standing.remaining,
-        b"ratelimit-reset": standing.reset_s,
-    }
-    return [(name, str(value).encode()) for name, value in values.items()]
-
-
-def _sent_id(scope: Scope) -> str | None:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            text: str = value.decode("latin-1")
-            return text if _REQUEST_ID.fullmatch(text) else None
-    return None

@@ -16,6 +16,7 @@ from serve_app.core.inference import (
     Ended,
     FinishReason,
     GenerationRequest,
+    Measured,
     ReplicaLoad,
     ReplicaNews,
     Usage,
@@ -36,15 +37,23 @@ class MeteredEngine:
 
     Args:
         region, stake: what the operator says of this replica.
+        observe: told of each request that has ended.
     """
 
     def __init__(
-        self, engine: InferenceEngine, clock: Clock, *, region: str = "", stake: str = "0"
+        self,
+        engine: InferenceEngine,
+        clock: Clock,
+        *,
+        region: str = "",
+        stake: str = "0",
+        observe: Callable[[Measured], None] | None = None,
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._region = region
         self._stake = stake
+        self._observe = observe
         self._waiting: dict[str, int] = {}  # prompt tokens of requests without a first token
         self._waiting_tokens = 0
         self._arrived: deque[str] = deque(maxlen=NEWS_MAX)
@@ -142,6 +151,8 @@ class MeteredEngine:
             self._aborted_count += 1
             self._wasted_tokens += max(run.token_count, usage.completion_tokens if usage else 0)
         spent = usage or Usage(run.prompt_tokens, run.token_count)
+        if self._observe is not None:
+            self._observe(self._measured(run, output, spent))
         self._ended.append(
             Ended(
                 run.request.request_id,
@@ -151,6 +162,11 @@ class MeteredEngine:
                 spent.completion_tokens,
             )
         )
+
+    def _measured(self, run: "_Run", output: Chunk | Exception, spent: Usage) -> Measured:
+        reason = output.finish_reason if isinstance(output, Chunk) else None
+        ttft_s = run.began_at_s - run.started_at_s if run.began_at_s else None
+        return Measured(spent, reason, ttft_s, self._clock.monotonic_s() - run.started_at_s)
 
     def now_s(self) -> float:
         """The clock's monotonic time."""
