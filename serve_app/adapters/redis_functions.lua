@@ -155,6 +155,8 @@ local function commit(keys, args)
   local h = redis.call('HMGET', s, 'seq', 'owner', 'status', 'ws', 'at', 'watch', 'prio')
   if not h[1] then return {'gone'} end
   local seq, expected, owner = tonumber(h[1]), tonumber(args[3]), h[2]
+  -- A fail-over lost what the committer has seen: it must begin again from what is left.
+  if seq < expected then return {'stale'} end
   if seq ~= expected then
     local missed = entries(p, eid, expected, 1000)
     local is_ours = missed[1] and missed[1][4] == commit_id

@@ -52,6 +52,7 @@ class Harness:
         default_factory=lambda: WorkerLimits(lease_ttl_ms=1500, heartbeat_ms=200)
     )
     backlog_max: int = 1000
+    ack_replicas: int = 0
     on_end: OnEnd = tell_nobody
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ class Harness:
         )
 
     def connect(self) -> tuple[RedisNodes, RedisStore]:
-        nodes = RedisNodes(RedisOptions(tuple(self.url.split(","))))
+        nodes = RedisNodes(RedisOptions(tuple(self.url.split(",")), ack_replicas=self.ack_replicas))
         calls = RedisCalls(nodes, self.clock)
         store = RedisStore(
             calls, partition_count=PARTITIONS, backlog_max=self.backlog_max, retention_ms=600_000

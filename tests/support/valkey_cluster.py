@@ -39,7 +39,7 @@ class ClusterNode:
         no_retry = Retry(NoBackoff(), 0)
         return Redis(host=HOST, port=self.port, password=PASSWORD, socket_timeout=2, retry=no_retry)
 
-    async def ask(self, *command: str | int) -> Any:
+    async def ask(self, *command: str | int | bytes) -> Any:
         """One command."""
         async with self.client() as client:
             return await client.execute_command(*command)
