@@ -9,8 +9,9 @@ from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_config import SHIPPED, RedisCatalog
+from serve_app.core.definition import parse_workflow
 from serve_app.core.errors import InvalidWorkflowError
-from serve_app.core.workflow import Workflow, parse_workflow
+from serve_app.core.workflow import Workflow
 from serve_app.ports import Clock, StepType, WorkflowCatalog
 from serve_app.settings import Settings
 

@@ -23,7 +23,7 @@ from serve_app.adapters.telemetry import configure_logging
 from serve_app.core.errors import StoreUnavailableError
 from serve_app.services.executor import Executor, WorkerLimits
 from serve_app.services.inference import Inference
-from serve_app.services.runner import Runtime
+from serve_app.services.planner import Runtime
 from serve_app.settings import Settings
 from serve_app.steps import step_types
 

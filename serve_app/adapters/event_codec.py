@@ -4,7 +4,7 @@ Owns the mapping between core's dataclasses and stored bytes. Invariant: what an
 this one reads (`tests/replay`): members may be added with a default, never renamed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any
@@ -14,6 +14,7 @@ import orjson
 from serve_app.core.execution import (
     KIND_OF,
     KINDS,
+    STEP_EVENTS,
     Event,
     Execution,
     ExecutionCreated,
@@ -27,11 +28,12 @@ from serve_app.core.journal import StoredEvent
 from serve_app.core.retry import Backoff, RetryPolicy
 
 _STEP_FIELD = "st:"
+_TUPLES = frozenset({"token_ids", "items"})  # members that JSON has as lists
 # Members of the snapshot's `x` field: all that is neither kept apart nor derived.
 _EXECUTION_MEMBERS = tuple(
     member.name
     for member in fields(Execution)
-    if member.name not in {"id", "seq", "status", "created", "steps"}
+    if member.name not in {"id", "seq", "status", "created", "steps", "live", "failed"}
 )
 _members_of = attrgetter(*_EXECUTION_MEMBERS)
 
@@ -46,8 +48,8 @@ def decode_event(kind: str, data: bytes | str) -> Event:
     members: dict[str, Any] = orjson.loads(data)
     if "usage" in members:
         members["usage"] = Usage(**members["usage"])
-    if "token_ids" in members:
-        members["token_ids"] = tuple(members["token_ids"])
+    for name in _TUPLES & members.keys():
+        members[name] = tuple(members[name])
     if kind == "execution.created":
         members["retry"] = _retry(members["retry"])
     return KINDS[kind](**members)
@@ -58,13 +60,19 @@ def decode_stored(seq: int, kind: str, data: bytes | str, commit_id: str) -> Sto
     return StoredEvent(seq, commit_id, decode_event(kind, data))
 
 
-def changed_fields(before: Execution, after: Execution) -> dict[str, bytes]:
-    """The snapshot fields that differ; `seq` and `status` are the store's own."""
+def changed_fields(
+    before: Execution, after: Execution, events: Iterable[Event]
+) -> dict[str, bytes]:
+    """The snapshot fields that the events changed; `seq` and `status` are the store's own.
+
+    An event changes no step but its own, so that an execution with thousands costs no more.
+    """
     changed: dict[str, bytes] = {}
     members = _members_of(after)
     if members != _members_of(before):
         changed["x"] = orjson.dumps(dict(zip(_EXECUTION_MEMBERS, members, strict=True)))
-    for step_id, step in after.steps.items():
+    for step_id in {event.step_id: None for event in events if isinstance(event, STEP_EVENTS)}:
+        step = after.steps[step_id]
         if before.steps.get(step_id) is not step:
             changed[_STEP_FIELD + step_id] = orjson.dumps(step)
     return changed
@@ -85,6 +93,7 @@ def decode_snapshot(execution_id: str, snapshot: Mapping[str, bytes]) -> Executi
         seq=int(snapshot["seq"]),
         status=Status(snapshot["status"].decode()),
         steps={**new.steps, **changed},
+        live=None,
     )
     return replace(execution, **orjson.loads(snapshot["x"])) if "x" in snapshot else execution
 
@@ -92,6 +101,8 @@ def decode_snapshot(execution_id: str, snapshot: Mapping[str, bytes]) -> Executi
 def _step(members: dict[str, Any]) -> StepState:
     members["status"] = StepStatus(members["status"])
     members["usage"] = Usage(**members["usage"])
+    if members.get("items") is not None:
+        members["items"] = tuple(members["items"])
     return StepState(**members)
 
 

@@ -108,7 +108,7 @@ class RedisStore:
         ]
         for event in commit.events:
             args.extend(encode_event(event))
-        changed = changed_fields(before, after)
+        changed = changed_fields(before, after, commit.events)
         args.append(len(changed))
         for name, value in changed.items():
             args.extend((name, value))

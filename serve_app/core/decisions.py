@@ -1,47 +1,32 @@
-"""What follows from a state: pure choices over one execution.
+"""What follows from a report or a wish: pure choices over one execution.
 
-Owns cancel, retries, deadlines, which steps start, when an execution parks and how it ends. Awaits
-nothing and reads no clock: time, jitter and the expression evaluator come in as arguments.
-Invariant: every function returns events that `evolve` accepts in the order given; the same
-arguments give the same events, so a decision that lost a race is simply taken again.
+Owns cancel, take-over, retries, and what a step's report becomes; `due.py` has what follows by
+itself. Awaits nothing and reads no clock: time and jitter come in as arguments. Invariant: every
+function returns events that `evolve` accepts in the order given; the same arguments give the same
+events, so a decision that lost a race is simply taken again.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from serve_app.core.errors import (
-    AlreadyTerminalError,
-    ErrorCode,
-    InvalidRequestError,
-    StepFailedError,
-)
+from serve_app.core.blocks import is_composite, is_forgiven, progress_share
+from serve_app.core.due import cut_off, cut_off_code, is_ending
+from serve_app.core.errors import AlreadyTerminalError, ErrorCode, InvalidRequestError
 from serve_app.core.execution import (
     CancelRequested,
     ChunkEmitted,
     Event,
     Execution,
-    ExecutionCancelled,
-    ExecutionCompleted,
-    ExecutionFailed,
-    ExecutionParked,
-    ExecutionResumed,
-    ExecutionStarted,
     Status,
     StepCompleted,
     StepFailed,
     StepRetrying,
-    StepSkipped,
-    StepStarted,
     StepState,
     StepStatus,
 )
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.retry import retry_delay_ms
-from serve_app.core.template import render
-from serve_app.core.workflow import Step, Workflow, ready_steps
-
-Scope = Mapping[str, object]
-Evaluate = Callable[[str, Scope], object]
+from serve_app.core.scope import block_of
+from serve_app.core.workflow import Workflow
 
 WORKER_LOST = "its worker was lost"
 # A step that takes its worker or replica down each time must end some day; an outage must not end
@@ -74,7 +59,12 @@ class StepFinished:
 
 @dataclass(frozen=True, slots=True)
 class StepErrored:
-    """A running step ended without an output; `code` is CANCELLED when it was aborted."""
+    """A running step ended without an output.
+
+    Args:
+        code: CANCELLED when it was cancelled.
+        is_aborted: we cancelled it, because what it stands in is ending.
+    """
 
     step_id: str
     attempt: int
@@ -82,6 +72,7 @@ class StepErrored:
     code: str = ErrorCode.STEP_FAILED
     is_retryable: bool = True
     usage: Usage = NO_USAGE
+    is_aborted: bool = False
 
 
 Fact = ChunkArrived | StepFinished | StepErrored
@@ -100,14 +91,17 @@ def cancel(execution: Execution, reason: str, now_ms: int) -> tuple[Event, ...]:
     return (CancelRequested(now_ms, reason),)
 
 
-def take_over(execution: Execution, now_ms: int) -> tuple[Event, ...]:
-    """Void what a lost worker had under way; the steps start again, as the same attempts."""
+def take_over(execution: Execution, workflow: Workflow, now_ms: int) -> tuple[Event, ...]:
+    """Void what a lost worker had under way; the steps start again, as the same attempts.
+
+    A composite has nothing under way but its inner steps.
+    """
     if execution.status is not Status.RUNNING:
         return ()
     return tuple(
-        _after_loss(execution, step_id, step, WORKER_LOST, now_ms)
-        for step_id, step in execution.steps.items()
-        if step.status is StepStatus.RUNNING
+        _after_loss(execution, path, execution.steps[path], WORKER_LOST, now_ms)
+        for path in execution.live_steps
+        if execution.steps[path].status is StepStatus.RUNNING and not is_composite(workflow, path)
     )
 
 
@@ -128,7 +122,7 @@ def record(
             return (ChunkEmitted(now_ms, step_id, text, token_ids),)
         case StepFinished(step_id=step_id, output=output, usage=usage):
             if execution.status is Status.CANCELLING:
-                return (_cut_off(step_id, ErrorCode.CANCELLED, now_ms, usage),)
+                return (cut_off(step_id, ErrorCode.CANCELLED, now_ms, usage),)
             return (StepCompleted(now_ms, step_id, output, usage),)
         case StepErrored():
             return (_after_error(execution, workflow, step, fact, now_ms, jitter),)
@@ -139,8 +133,10 @@ def kept_for_retry(
 ) -> dict[str, JsonValue]:
     """Outputs that a retry takes over: of completed steps that do not follow from `from_step`.
 
+    A composite is kept as a whole or runs again as a whole.
+
     Raises:
-        InvalidRequestError: the workflow has no such step.
+        InvalidRequestError: the workflow has no such step outside of composites.
     """
     if from_step is None:
         return {}
@@ -152,84 +148,15 @@ def kept_for_retry(
     return {
         step_id: step.output
         for step_id, step in execution.steps.items()
-        if step.status is StepStatus.COMPLETED and step_id not in void
+        if step.status is StepStatus.COMPLETED and step_id not in void and not block_of(step_id)
     }
-
-
-def is_ending(execution: Execution, now_ms: int) -> bool:
-    """Whether the steps under way must be aborted because the execution ends now."""
-    return (
-        execution.status is Status.CANCELLING
-        or is_overdue(execution, now_ms)
-        or any(step.status is StepStatus.FAILED for step in execution.steps.values())
-    )
-
-
-def is_overdue(execution: Execution, now_ms: int) -> bool:
-    """Whether the deadline has passed before it ended."""
-    deadline_ms = execution.created.deadline_ms
-    return not execution.is_terminal and deadline_ms is not None and now_ms >= deadline_ms
-
-
-def due_events(
-    execution: Execution, workflow: Workflow, now_ms: int, evaluate: Evaluate
-) -> tuple[Event, ...]:
-    """What is due by itself, one round; the caller folds it and asks again until it is empty.
-
-    Steps that are `running` are left alone unless the execution is ending, when the caller has
-    aborted them before.
-    """
-    if execution.is_terminal:
-        return ()
-    if is_ending(execution, now_ms):
-        return _ending(execution, now_ms)
-    if execution.status is Status.PENDING:
-        return (ExecutionStarted(now_ms),)
-    if execution.status is Status.WAITING:
-        is_due = execution.wake_at_ms is not None and now_ms >= execution.wake_at_ms
-        return (ExecutionResumed(now_ms),) if is_due else ()
-    return _starts(execution, workflow, now_ms, evaluate) or _rest(
-        execution, workflow, now_ms, evaluate
-    )
-
-
-def next_wake_ms(execution: Execution) -> int | None:
-    """When the owner must look again although nothing reports: a retry or the deadline."""
-    wakes = [step.wake_at_ms for step in execution.steps.values() if step.wake_at_ms is not None]
-    if execution.created.deadline_ms is not None:
-        wakes.append(execution.created.deadline_ms)
-    return min(wakes, default=None)
 
 
 def progress_percent(execution: Execution, workflow: Workflow | None) -> int:
-    """Finished steps of all steps, 0 to 100."""
+    """Finished steps of all steps, 0 to 100; a composite counts as far as its blocks are done."""
     if execution.status is Status.COMPLETED:
         return 100
-    total = len(workflow.steps) if workflow is not None else 0
-    return 100 * len(_done(execution)) // total if total else 0
-
-
-def scope_of(execution: Execution) -> dict[str, object]:
-    """The variables an expression sees; a skipped step's output is null."""
-    created = execution.created
-    return {
-        "input": created.input,
-        "steps": {
-            step_id: {"output": step.output}
-            for step_id, step in execution.steps.items()
-            if step.status in (StepStatus.COMPLETED, StepStatus.SKIPPED)
-        },
-        "event": {},
-        "execution": {
-            "id": execution.id,
-            "workflowId": created.workflow_id,
-            "workflowVersion": created.workflow_version,
-            "workspaceId": created.workspace,
-            "userId": created.user_id,
-            "metadata": created.metadata,
-            "attempt": execution.attempt,
-        },
-    }
+    return 0 if workflow is None else int(100 * progress_share(execution, workflow, ""))
 
 
 def _after_error(
@@ -240,12 +167,12 @@ def _after_error(
     now_ms: int,
     jitter: float,
 ) -> Event:
-    if is_ending(execution, now_ms):
+    if fact.is_aborted or is_ending(execution, now_ms):
         # No try is left to an execution that ends, so none may be counted.
         is_own_fault = (
             fact.code != ErrorCode.CANCELLED and execution.status is not Status.CANCELLING
         )
-        code = fact.code if is_own_fault else _cut_off_code(execution, now_ms)
+        code = fact.code if is_own_fault else cut_off_code(execution, now_ms)
         return StepFailed(now_ms, fact.step_id, fact.error, code, fact.usage)
     if fact.code in _LOSS_CODES:
         return _after_loss(execution, fact.step_id, step, fact.error, now_ms, fact.usage)
@@ -256,7 +183,8 @@ def _after_error(
     execution_attempt = execution.attempt
     policy = workflow.step(fact.step_id).retry
     delay_ms = None if policy is None else retry_delay_ms(policy, step.tries, jitter)
-    if delay_ms is None:
+    # The execution's own tries are for what would end it.
+    if delay_ms is None and not is_forgiven(workflow, fact.step_id):
         delay_ms = retry_delay_ms(execution.created.retry, execution.attempt, jitter)
         execution_attempt += 1
     if delay_ms is None:
@@ -290,95 +218,3 @@ def _after_loss(
     return StepRetrying(
         now_ms, step_id, step.attempt, execution.attempt, now_ms + delay_ms, error, usage
     )
-
-
-def _ending(execution: Execution, now_ms: int) -> tuple[Event, ...]:
-    code = _cut_off_code(execution, now_ms)
-    cut_off = tuple(
-        _cut_off(step_id, code, now_ms)
-        for step_id, step in execution.steps.items()
-        if step.status is StepStatus.RUNNING
-    )
-    return (*cut_off, _end(execution, now_ms))
-
-
-def _end(execution: Execution, now_ms: int) -> Event:
-    if execution.status is Status.CANCELLING:
-        return ExecutionCancelled(now_ms, execution.cancel_reason or "cancelled")
-    for step_id, step in execution.steps.items():
-        if step.status is StepStatus.FAILED and not is_overdue(execution, now_ms):
-            return ExecutionFailed(now_ms, f"step {step_id}: {step.error}", ErrorCode.STEP_FAILED)
-    timeout_ms = execution.created.timeout_ms
-    return ExecutionFailed(now_ms, f"not done within {timeout_ms} ms", ErrorCode.TIMEOUT)
-
-
-def _cut_off_code(execution: Execution, now_ms: int) -> ErrorCode:
-    """Why a step under way was aborted; one whose neighbour failed is cancelled, not failed."""
-    is_timeout = execution.status is not Status.CANCELLING and is_overdue(execution, now_ms)
-    return ErrorCode.TIMEOUT if is_timeout else ErrorCode.CANCELLED
-
-
-def _cut_off(step_id: str, code: str, now_ms: int, usage: Usage | None = None) -> StepFailed:
-    return StepFailed(now_ms, step_id, "aborted", code, usage or NO_USAGE)
-
-
-def _starts(
-    execution: Execution, workflow: Workflow, now_ms: int, evaluate: Evaluate
-) -> tuple[Event, ...]:
-    scope: dict[str, object] | None = None
-    events: list[Event] = []
-    for step in ready_steps(workflow, _done(execution), execution.steps):
-        if step.when is not None and scope is None:
-            scope = scope_of(execution)
-        events.extend(_start(step, now_ms, evaluate, scope or {}))
-    for step_id, state in execution.steps.items():
-        if state.wake_at_ms is not None and state.wake_at_ms <= now_ms:
-            events.append(StepStarted(now_ms, step_id, state.attempt))
-    return tuple(events)
-
-
-def _start(step: Step, now_ms: int, evaluate: Evaluate, scope: Scope) -> tuple[Event, ...]:
-    if step.when is None:
-        return (StepStarted(now_ms, step.id, 1),)
-    try:
-        verdict = evaluate(step.when, scope)
-    except StepFailedError as error:
-        return _refused(step, f"when: {error}", now_ms)
-    if not isinstance(verdict, bool):
-        return _refused(step, "when: the expression must give true or false", now_ms)
-    return (StepStarted(now_ms, step.id, 1) if verdict else StepSkipped(now_ms, step.id),)
-
-
-def _refused(step: Step, error: str, now_ms: int) -> tuple[Event, ...]:
-    return (
-        StepStarted(now_ms, step.id, 1),
-        StepFailed(now_ms, step.id, error, ErrorCode.STEP_FAILED),
-    )
-
-
-def _rest(
-    execution: Execution, workflow: Workflow, now_ms: int, evaluate: Evaluate
-) -> tuple[Event, ...]:
-    states = execution.steps.values()
-    if any(step.status is StepStatus.RUNNING for step in states):
-        return ()
-    if any(step.status is StepStatus.RETRYING for step in states):
-        wake_at_ms = next_wake_ms(execution)
-        assert wake_at_ms is not None, "a retrying step has a wake time"
-        return (ExecutionParked(now_ms, wake_at_ms),)
-    try:
-        return (ExecutionCompleted(now_ms, _output(execution, workflow, evaluate)),)
-    except StepFailedError as error:
-        return (ExecutionFailed(now_ms, f"output: {error}", ErrorCode.STEP_FAILED),)
-
-
-def _output(execution: Execution, workflow: Workflow, evaluate: Evaluate) -> JsonValue:
-    if not workflow.has_output:
-        return execution.steps[workflow.steps[-1].id].output
-    scope = scope_of(execution)
-    return render(workflow.output, lambda text: evaluate(text, scope))
-
-
-def _done(execution: Execution) -> set[str]:
-    finished = (StepStatus.COMPLETED, StepStatus.SKIPPED)
-    return {step_id for step_id, step in execution.steps.items() if step.status in finished}

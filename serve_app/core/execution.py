@@ -8,10 +8,11 @@ changes, and an event without a row in `TRANSITIONS` for the present status is r
 `KINDS` are in journals on disk: never rename one, never change a member's meaning.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
+from typing import get_args
 
 from serve_app.core.errors import IllegalTransitionError
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
@@ -95,6 +96,15 @@ class StepStarted:
     at_ms: int
     step_id: str
     attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class MapOpened:
+    """What a map's `over` gave; each item gets a run of its steps, under the item's index."""
+
+    at_ms: int
+    step_id: str
+    items: tuple[JsonValue, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +216,7 @@ Event = (
     ExecutionCreated
     | ExecutionStarted
     | StepStarted
+    | MapOpened
     | ChunkEmitted
     | StepCompleted
     | StepSkipped
@@ -224,6 +235,7 @@ KINDS: Mapping[str, type[Event]] = MappingProxyType(
         "execution.created": ExecutionCreated,
         "execution.started": ExecutionStarted,
         "step.started": StepStarted,
+        "map.opened": MapOpened,
         "chunk": ChunkEmitted,
         "step.completed": StepCompleted,
         "step.skipped": StepSkipped,
@@ -239,14 +251,17 @@ KINDS: Mapping[str, type[Event]] = MappingProxyType(
 )
 KIND_OF: Mapping[type[Event], str] = MappingProxyType({cls: kind for kind, cls in KINDS.items()})
 
-_STEP_EVENTS = (StepStarted, ChunkEmitted, StepCompleted, StepSkipped, StepRetrying, StepFailed)
+StepEvent = (
+    StepStarted | MapOpened | ChunkEmitted | StepCompleted | StepSkipped | StepRetrying | StepFailed
+)
+STEP_EVENTS = get_args(StepEvent)
 
 TRANSITIONS: Mapping[tuple[Status, type[Event]], Status] = MappingProxyType(
     {
         (Status.PENDING, ExecutionStarted): Status.RUNNING,
         (Status.PENDING, CancelRequested): Status.CANCELLING,
         (Status.PENDING, ExecutionFailed): Status.FAILED,
-        **{(Status.RUNNING, cls): Status.RUNNING for cls in _STEP_EVENTS},
+        **{(Status.RUNNING, cls): Status.RUNNING for cls in STEP_EVENTS},
         (Status.RUNNING, ExecutionParked): Status.WAITING,
         (Status.RUNNING, CancelRequested): Status.CANCELLING,
         (Status.RUNNING, ExecutionCompleted): Status.COMPLETED,
@@ -263,7 +278,7 @@ TRANSITIONS: Mapping[tuple[Status, type[Event]], Status] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class StepState:
-    """One started step.
+    """One started step, or one run of an inner step.
 
     Args:
         attempt: attempts so far, over all tries of the execution.
@@ -273,6 +288,7 @@ class StepState:
         usage: summed over attempts, failed ones included.
         losses: times its worker or replica was lost under it.
         wasted_tokens: the part of `usage` that went into attempts without a result.
+        items: of a map that runs, what it runs over.
     """
 
     status: StepStatus
@@ -286,11 +302,23 @@ class StepState:
     wake_at_ms: int | None = None
     losses: int = 0
     wasted_tokens: int = 0
+    items: tuple[JsonValue, ...] | None = None
+
+
+LIVE = frozenset({StepStatus.RUNNING, StepStatus.RETRYING})  # started, and not at their end
 
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """The fold of a journal up to and including event `seq`."""
+    """The fold of a journal up to and including event `seq`.
+
+    Args:
+        steps: by id; an inner step's is a path, `each/3/fetch`: its composite's id, its block's
+            key, its own id.
+        live: ids of the steps in `LIVE`, in the order they started; follows from `steps`, and is
+            kept so that a decision need not look at thousands of finished items. None: find them.
+        failed: the first step outside of any composite that failed; likewise.
+    """
 
     id: str
     seq: int
@@ -305,6 +333,19 @@ class Execution:
     error: str | None = None
     error_code: str | None = None
     steps: Mapping[str, StepState] = field(default_factory=dict)
+    live: Mapping[str, None] | None = field(default=None, compare=False, repr=False)
+    failed: str | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.live is None:
+            object.__setattr__(self, "live", dict.fromkeys(_in_status(self.steps, LIVE)))
+            failed = _in_status(self.steps, frozenset({StepStatus.FAILED}))
+            object.__setattr__(self, "failed", next((i for i in failed if "/" not in i), None))
+
+    @property
+    def live_steps(self) -> Collection[str]:
+        """Ids of the steps that have started and not ended, in the order they started."""
+        return self.live or ()
 
     @property
     def is_terminal(self) -> bool:
@@ -338,15 +379,69 @@ def evolve(execution: Execution, event: Event) -> Execution:
     Raises:
         IllegalTransitionError: the event cannot follow the present status or step status.
     """
-    status = TRANSITIONS.get((execution.status, type(event)))
-    if status is None:
-        raise IllegalTransitionError(
-            f"{type(event).__name__} cannot follow {execution.status} in {execution.id}"
+    folding = Folding(execution)
+    folding.add(event)
+    return folding.execution
+
+
+class Folding:
+    """A fold of many events that copies the table of steps once.
+
+    The states it gives share that table: each is good until the next event is added.
+    """
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+        self._steps: dict[str, StepState] = {}
+        self._live: dict[str, None] = {}
+
+    @property
+    def execution(self) -> Execution:
+        """The state after all events so far."""
+        return self._execution
+
+    def add(self, event: Event) -> None:
+        """Take one more event. Raises as `evolve`."""
+        execution = self._execution
+        status = TRANSITIONS.get((execution.status, type(event)))
+        if status is None:
+            raise IllegalTransitionError(
+                f"{type(event).__name__} cannot follow {execution.status} in {execution.id}"
+            )
+        if not isinstance(event, STEP_EVENTS):
+            moved = replace(execution, seq=execution.seq + 1, status=status)
+            self._execution = _with_execution(moved, event)
+            return
+        step = _step_after(execution, event)
+        if not self._steps:
+            self._steps = dict(execution.steps)
+            self._live = dict.fromkeys(execution.live_steps)
+        self._put(event.step_id, step)
+        attempt, failed = execution.attempt, execution.failed
+        if isinstance(event, StepRetrying):
+            attempt = event.execution_attempt
+        elif step.status is StepStatus.FAILED and failed is None and "/" not in event.step_id:
+            failed = event.step_id
+        self._execution = replace(
+            execution,
+            seq=execution.seq + 1,
+            status=status,
+            attempt=attempt,
+            steps=self._steps,
+            live=self._live,
+            failed=failed,
         )
-    moved = replace(execution, seq=execution.seq + 1, status=status)
-    if isinstance(event, _STEP_EVENTS):
-        return _with_step(moved, event)
-    return _with_execution(moved, event)
+
+    def _put(self, step_id: str, step: StepState) -> None:
+        self._steps[step_id] = step
+        if step.status in LIVE:
+            self._live[step_id] = None
+        else:
+            self._live.pop(step_id, None)
+
+
+def _in_status(steps: Mapping[str, StepState], wanted: Collection[StepStatus]) -> Iterator[str]:
+    return (step_id for step_id, step in steps.items() if step.status in wanted)
 
 
 def _with_execution(execution: Execution, event: Event) -> Execution:  # noqa: PLR0911 - one return per event
@@ -371,66 +466,59 @@ def _with_execution(execution: Execution, event: Event) -> Execution:  # noqa: P
             raise IllegalTransitionError(f"{type(event).__name__} is no event of an execution")
 
 
-def _with_step(execution: Execution, event: Event) -> Execution:
+def _step_after(execution: Execution, event: StepEvent) -> StepState:  # noqa: PLR0911 - one return per event
     match event:
-        case StepStarted(at_ms=at_ms, step_id=step_id, attempt=attempt):
-            return _started(execution, step_id, attempt, at_ms)
+        case StepStarted():
+            return _started(execution, event)
+        case MapOpened(step_id=step_id, items=items):
+            return replace(_live(execution, step_id), items=items)
         case StepSkipped(at_ms=at_ms, step_id=step_id):
             if step_id in execution.steps:
                 raise IllegalTransitionError(f"step {step_id} has started, it cannot be skipped")
-            skipped = StepState(StepStatus.SKIPPED, 0, 0, at_ms, at_ms)
-            return _put(execution, step_id, skipped)
+            return StepState(StepStatus.SKIPPED, 0, 0, at_ms, at_ms)
         case ChunkEmitted(step_id=step_id):
-            _running(execution, step_id)
-            return execution
+            return _live(execution, step_id)
         case StepCompleted(at_ms=at_ms, step_id=step_id, output=output, usage=usage):
-            step = _running(execution, step_id)
-            return _put(
-                execution,
-                step_id,
-                replace(
-                    step,
-                    status=StepStatus.COMPLETED,
-                    completed_at_ms=at_ms,
-                    output=output,
-                    error=None,
-                    usage=step.usage + usage,
-                ),
+            step = _live(execution, step_id)
+            return replace(
+                step,
+                status=StepStatus.COMPLETED,
+                completed_at_ms=at_ms,
+                output=output,
+                error=None,
+                usage=step.usage + usage,
+                items=None,  # they are in the journal; nothing asks for them any more
             )
         case StepRetrying():
             return _retrying(execution, event)
         case StepFailed(at_ms=at_ms, step_id=step_id, error=error, error_code=code, usage=usage):
-            step = _running(execution, step_id)
-            status = StepStatus.CANCELLED if code == "CANCELLED" else StepStatus.FAILED
-            failed = replace(
+            step = _live(execution, step_id, LIVE)
+            return replace(
                 step,
-                status=status,
+                status=StepStatus.CANCELLED if code == "CANCELLED" else StepStatus.FAILED,
                 completed_at_ms=at_ms,
                 error=error,
                 usage=step.usage + usage,
                 wasted_tokens=step.wasted_tokens + usage.total_tokens,
+                wake_at_ms=None,
             )
-            return _put(execution, step_id, failed)
-        case _:
-            raise IllegalTransitionError(f"{type(event).__name__} is no event of a step")
 
 
-def _started(execution: Execution, step_id: str, attempt: int, at_ms: int) -> Execution:
-    before = execution.steps.get(step_id)
+def _started(execution: Execution, event: StepStarted) -> StepState:
+    before = execution.steps.get(event.step_id)
     if before is None:
-        return _put(execution, step_id, StepState(StepStatus.RUNNING, attempt, 1, at_ms))
+        return StepState(StepStatus.RUNNING, event.attempt, 1, event.at_ms)
     if before.status is not StepStatus.RETRYING:
-        raise IllegalTransitionError(f"step {step_id} is {before.status}, it cannot start")
-    again = replace(before, status=StepStatus.RUNNING, attempt=attempt, wake_at_ms=None)
-    return _put(execution, step_id, again)
+        raise IllegalTransitionError(f"step {event.step_id} is {before.status}, it cannot start")
+    return replace(before, status=StepStatus.RUNNING, attempt=event.attempt, wake_at_ms=None)
 
 
-def _retrying(execution: Execution, event: StepRetrying) -> Execution:
-    step = _running(execution, event.step_id)
+def _retrying(execution: Execution, event: StepRetrying) -> StepState:
+    step = _live(execution, event.step_id)
     is_execution_retry = event.execution_attempt > execution.attempt
     is_new_attempt = event.attempt > step.attempt
     tries = 1 if is_execution_retry else step.tries + is_new_attempt
-    waiting = replace(
+    return replace(
         step,
         status=StepStatus.RETRYING,
         tries=tries,
@@ -441,16 +529,13 @@ def _retrying(execution: Execution, event: StepRetrying) -> Execution:
         wake_at_ms=event.wake_at_ms,
         losses=step.losses + (not is_new_attempt),
     )
-    return _put(replace(execution, attempt=event.execution_attempt), event.step_id, waiting)
 
 
-def _running(execution: Execution, step_id: str) -> StepState:
+def _live(
+    execution: Execution, step_id: str, allowed: Collection[StepStatus] = (StepStatus.RUNNING,)
+) -> StepState:
     step = execution.steps.get(step_id)
-    if step is None or step.status is not StepStatus.RUNNING:
+    if step is None or step.status not in allowed:
         status = "not started" if step is None else step.status
         raise IllegalTransitionError(f"step {step_id} of {execution.id} is {status}, not running")
     return step
-
-
-def _put(execution: Execution, step_id: str, step: StepState) -> Execution:
-    return replace(execution, steps={**execution.steps, step_id: step})

@@ -4,6 +4,7 @@ Owns the public names and shapes (`api.md`, section 1). Changes no state. Invari
 carries `executionId` and `timestamp`, and its SSE id is its place in the journal.
 """
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import orjson
@@ -26,7 +27,7 @@ from serve_app.core.execution import (
 )
 from serve_app.core.inference import Usage
 from serve_app.core.journal import StoredEvent
-from serve_app.core.workflow import Workflow
+from serve_app.core.workflow import Workflow, every_step
 
 UNKNOWN_TYPE = "unknown"  # of a step whose definition was deleted
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -59,9 +60,9 @@ def result_view(execution: Execution) -> dict[str, object]:
 
 def record_view(execution: Execution, workflow: Workflow | None) -> dict[str, object]:
     """The full record of `GET /v1/executions/{id}`."""
-    types = {} if workflow is None else {step.id: step.type for step in workflow.steps}
-    order = {step_id: index for index, step_id in enumerate(types)}
-    steps = sorted(execution.steps.items(), key=lambda item: order.get(item[0], len(order)))
+    steps = [] if workflow is None else list(every_step(workflow.steps))
+    types = {step.id: step.type for step in steps}
+    order = {step.id: index for index, step in enumerate(steps)}
     return {
         **result_view(execution),
         "progress": progress_percent(execution, workflow),
@@ -71,9 +72,19 @@ def record_view(execution: Execution, workflow: Workflow | None) -> dict[str, ob
         "startedAt": _optional(execution.started_at_ms),
         "completedAt": _optional(execution.completed_at_ms),
         "steps": [
-            _step_view(step_id, types.get(step_id, UNKNOWN_TYPE), step) for step_id, step in steps
+            _step_view(path, types.get(path.rpartition("/")[2], UNKNOWN_TYPE), step)
+            for path, step in sorted(
+                execution.steps.items(), key=lambda item: _place_of(item[0], order)
+            )
         ],
     }
+
+
+def _place_of(path: str, order: Mapping[str, int]) -> list[int]:
+    """Where a step stands: in document order, and by number inside a map or a loop."""
+    return [
+        int(part) if part.isdigit() else order.get(part, len(order)) for part in path.split("/")
+    ]
 
 
 def item_view(execution: Execution) -> dict[str, object]:

@@ -23,7 +23,8 @@ from serve_app.core.journal import (
     partition_of,
 )
 from serve_app.ports import Bells, WorkflowCatalog
-from serve_app.services.runner import Driver, Runtime
+from serve_app.services.planner import Runtime
+from serve_app.services.runner import Driver
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from serve_app.core.errors import StoreUnavailableError
-from serve_app.core.execution import Execution, ExecutionCreated, evolve
+from serve_app.core.execution import Execution, ExecutionCreated, Folding
 from serve_app.core.journal import Appended, Notice, Resubscribed, StoredEvent
 from serve_app.ports import Bells, Clock, ExecutionStore
 
@@ -66,15 +66,16 @@ class Feed:
 
     def fold(self, events: Sequence[StoredEvent]) -> bool:
         """Take what follows directly; False when something between is missing."""
+        folding = Folding(self.execution)
         for stored in events:
-            if stored.seq <= self.execution.seq:
-                continue
-            if stored.seq != self.execution.seq + 1:
-                return False
-            self.execution = evolve(self.execution, stored.event)
-            self._frames.append(_Frame(stored, self.execution))
+            if stored.seq == folding.execution.seq + 1:
+                folding.add(stored.event)
+                self._frames.append(_Frame(stored, folding.execution))
+            elif stored.seq > folding.execution.seq:
+                break
+        self.execution = folding.execution
         self._wake()
-        return True
+        return not events or events[-1].seq <= self.execution.seq
 
     def frames_after(self, cursor: int) -> list[tuple[int, bytes | None]] | None:
         """What the ring holds after a cursor; None when the cursor is older than the ring."""

@@ -8,21 +8,17 @@ are folded and the same facts are decided again.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
+from serve_app.core.blocks import is_composite
 from serve_app.core.decisions import (
     ChunkArrived,
     Fact,
     StepErrored,
     StepFinished,
-    due_events,
-    is_ending,
-    next_wake_ms,
-    record,
-    scope_of,
-    take_over,
 )
+from serve_app.core.due import next_wake_ms
 from serve_app.core.errors import (
     ErrorCode,
     OverloadedError,
@@ -31,7 +27,11 @@ from serve_app.core.errors import (
     StepFailedError,
     StoreUnavailableError,
 )
-from serve_app.core.execution import Event, Execution, Status, StepStarted, StepStatus, evolve
+from serve_app.core.execution import (
+    Folding,
+    Status,
+    StepStatus,
+)
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.journal import (
     Commit,
@@ -43,56 +43,13 @@ from serve_app.core.journal import (
     Stale,
     StoredEvent,
 )
-from serve_app.core.template import render
 from serve_app.core.workflow import Workflow
-from serve_app.ports import Clock, Entropy, Expressions, StepCall, StepType, WorkerStore
+from serve_app.services.planner import BROKEN, Plan, Planner, Runtime, errored
 
 logger = logging.getLogger(__name__)
 
 ABORT_WAIT_S = 1.0  # for aborted steps to report their usage; cancel must end within 2 s
 STORE_RETRY_S = 0.5
-BROKEN = "internal error in the step"  # all that a caller is told of a bug; the log has the rest
-RUNNABLE_AGAIN = frozenset({ErrorCode.INTERNAL, ErrorCode.OVERLOADED, ErrorCode.STEP_FAILED})
-
-
-OnEnd = Callable[[Execution], Awaitable[Sequence[Outgoing]]]
-
-
-async def tell_nobody(execution: Execution) -> Sequence[Outgoing]:  # noqa: ARG001 - an `OnEnd`
-    """Nothing leaves with the end of an execution."""
-    return ()
-
-
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """What all executions of a worker share.
-
-    Args:
-        on_end: what leaves with the commit that ends an execution; it may be asked again about
-            the same end, and must then answer the same message ids. What it raises for a store
-            out of reach is tried again; nothing ends without its messages.
-    """
-
-    store: WorkerStore
-    step_types: Mapping[str, StepType]
-    expressions: Expressions
-    clock: Clock
-    entropy: Entropy
-    on_end: OnEnd = tell_nobody
-
-
-@dataclass(slots=True)
-class _Plan:
-    """Events decided on top of `before`."""
-
-    before: Execution
-    after: Execution
-    events: list[Event] = field(default_factory=list)
-
-    def add(self, events: tuple[Event, ...]) -> None:
-        for event in events:
-            self.after = evolve(self.after, event)
-            self.events.append(event)
 
 
 @dataclass(slots=True)
@@ -102,6 +59,7 @@ class _StepTask:
     attempt: int
     task: "asyncio.Task[None]"
     usage: Usage = NO_USAGE
+    is_aborted: bool = False
 
 
 class Driver:
@@ -128,7 +86,10 @@ class Driver:
         self._tasks: dict[str, _StepTask] = {}
         self._wake = asyncio.Event()
         self._commit_count = 0
+        self._planner = Planner(workflow, runtime)
         self._is_taken_over = owned.execution.status is Status.RUNNING
+        # Steps whose change no decision has looked at; None: any may be, look at all.
+        self._touched: dict[str, None] | None = None
 
     def notify(self, events: tuple[StoredEvent, ...]) -> None:
         """Others appended to the journal; what cannot be folded shows as a conflict later."""
@@ -151,10 +112,13 @@ class Driver:
             self._wake.clear()
             self._fold_notices()
             now_ms = self._runtime.clock.now_ms()
-            plan = self._plan(now_ms)
-            if self._tasks and is_ending(plan.after, now_ms):
-                await self._abort_steps()
-                plan = self._plan(self._runtime.clock.now_ms())
+            plan = Plan(self.execution, self._touched)
+            if self._is_taken_over:
+                self._planner.take_over(plan, now_ms)
+            self._planner.plan(plan, self._facts, self._tasks.keys(), now_ms)
+            if plan.doomed:
+                await self._abort_steps(plan.doomed)
+                continue
             if plan.events:
                 if await self._commit(plan) and self.execution.status is Status.WAITING:
                     return
@@ -162,44 +126,7 @@ class Driver:
             else:
                 await self._wait(now_ms)
 
-    def _plan(self, now_ms: int) -> _Plan:
-        plan = _Plan(self.execution, self.execution)
-        if self._is_taken_over:
-            plan.add(take_over(plan.after, now_ms))
-        for fact in self._facts:
-            plan.add(self._recorded(plan.after, fact, now_ms))
-        if self._tasks and is_ending(plan.after, now_ms):
-            return plan  # the caller aborts the steps under way and asks again
-        evaluate = self._runtime.expressions.evaluate
-        while due := due_events(plan.after, self._workflow, now_ms, evaluate):
-            plan.add(due)
-            for event in due:
-                if isinstance(event, StepStarted):
-                    self._compute(plan, event, now_ms)
-        return plan
-
-    def _compute(self, plan: _Plan, started: StepStarted, now_ms: int) -> None:
-        """Run a pure step inside the decision; its start and its result share one commit."""
-        step_type = self._runtime.step_types[self._workflow.step(started.step_id).type]
-        step = plan.after.steps[started.step_id]
-        if step_type.compute is None or step.status is not StepStatus.RUNNING:
-            return
-        fact: Fact
-        try:
-            output = step_type.compute(self._call(plan.after, started.step_id, started.attempt))
-            fact = StepFinished(started.step_id, started.attempt, output)
-        except ServeAppError as error:
-            fact = _errored(started.step_id, started.attempt, error, NO_USAGE)
-        except Exception:  # else the driver breaks, is adopted again, and breaks again
-            logger.exception("step broke", extra=self._place(started.step_id))
-            fact = StepErrored(started.step_id, started.attempt, BROKEN, ErrorCode.INTERNAL)
-        plan.add(self._recorded(plan.after, fact, now_ms))
-
-    def _recorded(self, execution: Execution, fact: Fact, now_ms: int) -> tuple[Event, ...]:
-        jitter = self._runtime.entropy.uniform() if isinstance(fact, StepErrored) else 0.0
-        return record(execution, self._workflow, fact, now_ms, jitter)
-
-    async def _commit(self, plan: _Plan) -> bool:
+    async def _commit(self, plan: Plan) -> bool:
         """Append a plan; False when it lost a race and must be decided again."""
         # Facts that arrive while the commit is under way belong to the next one.
         sealed = self._facts
@@ -213,11 +140,13 @@ class Driver:
             events=tuple(plan.events),
             outgoing=await self._outgoing(plan.after),
         )
+        self._touched = None
         match await self._answer(commit):
             case Committed(ready_depth=ready_depth):
                 if commit.outgoing:
                     self._on_outgoing()
                 self.execution = plan.after
+                self._touched = plan.touched
                 self.ready_depth = ready_depth
                 self._is_taken_over = False
                 return True
@@ -259,12 +188,15 @@ class Driver:
         self._fold(tuple(notices))
 
     def _fold(self, missed: tuple[StoredEvent, ...]) -> None:
+        folding = Folding(self.execution)
         for stored in missed:
-            if stored.seq == self.execution.seq + 1:
-                self.execution = evolve(self.execution, stored.event)
+            if stored.seq == folding.execution.seq + 1:
+                folding.add(stored.event)
+                self._touched = None
+        self.execution = folding.execution
 
     def _start_missing(self, steps: asyncio.TaskGroup) -> None:
-        """Every running step has a task: start those that a commit just made running.
+        """Every running step but a composite has a task: start those just made running.
 
         A step that ended while the commit was under way runs on in the state until its report is
         committed too; it must not run twice.
@@ -274,12 +206,16 @@ class Driver:
             for fact in self._facts
             if not isinstance(fact, ChunkArrived)
         }
-        for step_id, state in self.execution.steps.items():
+        for step_id in self.execution.live_steps:
+            state = self.execution.steps[step_id]
             present = self._tasks.get(step_id)
             is_started = (present is not None and present.attempt == state.attempt) or (
                 (step_id, state.attempt) in reported
             )
-            if state.status is StepStatus.RUNNING and not is_started and not self._is_taken_over:
+            is_task = state.status is StepStatus.RUNNING and not is_composite(
+                self._workflow, step_id
+            )
+            if is_task and not is_started and not self._is_taken_over:
                 run = self._run(step_id, state.attempt)
                 self._tasks[step_id] = _StepTask(state.attempt, steps.create_task(run))
 
@@ -288,9 +224,12 @@ class Driver:
         try:
             fact = StepFinished(step_id, attempt, await self._output(step_id, attempt))
         except asyncio.CancelledError:
-            fact = StepErrored(step_id, attempt, "aborted", ErrorCode.CANCELLED)
+            running = self._tasks.get(step_id)
+            if running is None:
+                return
+            fact = _aborted(step_id, running)
         except ServeAppError as error:
-            fact = _errored(step_id, attempt, error, NO_USAGE)
+            fact = errored(step_id, attempt, error)
         except Exception:  # a fault of a step type must end the step, not the worker
             logger.exception("step broke", extra=self._place(step_id))
             fact = StepErrored(step_id, attempt, BROKEN, ErrorCode.INTERNAL)
@@ -306,7 +245,12 @@ class Driver:
         step = self._workflow.step(step_id)
         run = self._runtime.step_types[step.type].run
         assert run is not None, "a pure step is computed, never run"
-        call = self._call(self.execution, step_id, attempt)
+        call = self._planner.call(
+            self.execution,
+            step_id,
+            lambda text, ids: self._emit(step_id, attempt, text, ids),
+            lambda usage: self._report_usage(step_id, usage),
+        )
         limit = asyncio.timeout(None if step.timeout_ms is None else step.timeout_ms / 1000)
         try:
             async with limit:
@@ -315,24 +259,6 @@ class Driver:
             if not limit.expired():
                 raise  # the step's own
             raise StepFailedError(f"not done within {step.timeout_ms} ms") from error
-
-    def _call(self, execution: Execution, step_id: str, attempt: int) -> StepCall:
-        scope = scope_of(execution)
-        evaluate = self._runtime.expressions.evaluate
-        settings = render(self._workflow.step(step_id).settings, lambda text: evaluate(text, scope))
-        return StepCall(
-            execution_id=execution.id,
-            step_id=step_id,
-            attempt=attempt,
-            settings=settings,
-            input=execution.created.input,
-            idempotency_key=f"{execution.id}/{step_id}/{attempt}",
-            deadline_ms=execution.created.deadline_ms,
-            priority=execution.created.priority,
-            emit=lambda text, ids: self._emit(step_id, attempt, text, ids),
-            report_usage=lambda usage: self._report_usage(step_id, usage),
-            workspace=execution.created.workspace,
-        )
 
     def _emit(self, step_id: str, attempt: int, text: str, token_ids: tuple[int, ...]) -> None:
         """Join what arrives while a commit is under way into one chunk."""
@@ -349,20 +275,20 @@ class Driver:
         if step_id in self._tasks:
             self._tasks[step_id].usage = usage
 
-    async def _abort_steps(self) -> None:
+    async def _abort_steps(self, doomed: Iterable[str]) -> None:
         """Cancel what runs and wait for what it reports; whatever is left then counts as aborted.
 
         A task that is cancelled before its first turn never runs, so it never reports either.
         """
-        aborted = self._tasks
-        tasks = [running.task for running in aborted.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks, timeout=ABORT_WAIT_S)
-        for step_id, running in tuple(aborted.items()):
-            fact = StepErrored(step_id, running.attempt, "aborted", ErrorCode.CANCELLED)
-            self._facts.append(_with_usage(fact, running.usage))
-        aborted.clear()
+        aborted = {step_id: self._tasks[step_id] for step_id in doomed}
+        for running in aborted.values():
+            running.is_aborted = True
+            running.task.cancel()
+        await asyncio.wait([running.task for running in aborted.values()], timeout=ABORT_WAIT_S)
+        for step_id, running in aborted.items():
+            if self._tasks.get(step_id) is running:
+                del self._tasks[step_id]
+                self._facts.append(_aborted(step_id, running))
 
     async def _wait(self, now_ms: int) -> None:
         wakes = (next_wake_ms(self.execution), self.execution.wake_at_ms)
@@ -376,18 +302,17 @@ class Driver:
             return
 
 
-def _errored(step_id: str, attempt: int, error: ServeAppError, usage: Usage) -> StepErrored:
-    is_retryable = (
-        error.retryable if isinstance(error, StepFailedError) else error.code in RUNNABLE_AGAIN
-    )
-    return StepErrored(step_id, attempt, str(error), error.code, is_retryable, usage)
+def _aborted(step_id: str, running: _StepTask) -> StepErrored:
+    code, is_aborted = ErrorCode.CANCELLED, running.is_aborted
+    fact = StepErrored(step_id, running.attempt, "aborted", code, is_aborted=is_aborted)
+    return replace(fact, usage=running.usage)
 
 
 def _with_usage(fact: Fact, usage: Usage) -> Fact:
     match fact:
         case StepFinished(step_id=step_id, attempt=attempt, output=output):
             return StepFinished(step_id, attempt, output, usage)
-        case StepErrored(step_id, attempt, error, code, is_retryable):
-            return StepErrored(step_id, attempt, error, code, is_retryable, usage)
+        case StepErrored():
+            return replace(fact, usage=usage)
         case ChunkArrived():
             return fact

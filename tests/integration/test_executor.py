@@ -45,7 +45,7 @@ from serve_app.ports import Bells, StepCall, StepType
 from serve_app.services.executions import Executions, Started, Submission
 from serve_app.services.executor import Executor, WorkerLimits
 from serve_app.services.feeds import Feeds
-from serve_app.services.runner import Runtime
+from serve_app.services.planner import Runtime
 from serve_app.settings import Settings
 from tests.integration.conftest import ONE_SERVER
 from tests.support.checker import (

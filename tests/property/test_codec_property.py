@@ -52,6 +52,7 @@ MEMBERS: dict[str, st.SearchStrategy[object]] = {
     "data": json_values,
     "retry": policies,
     "usage": st.builds(Usage, counts, counts, counts),
+    "items": st.lists(json_values, max_size=4).map(tuple),
     "token_ids": st.lists(counts, max_size=5).map(tuple),
 }
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.core.definition import parse_workflow
 from serve_app.core.errors import InvalidWorkflowError, Problem
 from serve_app.core.template import TemplateError, outline, render, split
-from serve_app.core.workflow import Workflow, parse_workflow, ready_steps
+from serve_app.core.workflow import Workflow, ready_steps
 
 WORDS = ["id", "steps", "echo", "needs", "when", "retry", "output", "timeout", "input", "a", "b"]
 TEXTS = st.one_of(
@@ -76,7 +77,7 @@ def test_every_accepted_workflow_can_be_run_to_its_end(steps: list[dict[str, obj
     except InvalidWorkflowError:
         return
     done: list[str] = []
-    while ready := ready_steps(found, done, done):
+    while ready := ready_steps(found.steps, done, done):
         assert all(set(step.needs) <= set(done) for step in ready)
         done += [step.id for step in ready]
     assert sorted(done) == sorted(step.id for step in found.steps)

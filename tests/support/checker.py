@@ -15,6 +15,7 @@ from serve_app.core.execution import KIND_OF
 from serve_app.core.journal import StoredEvent
 
 TERMINAL_KINDS = frozenset({"execution.completed", "execution.failed", "execution.cancelled"})
+ENDED_KINDS = frozenset({"step.completed", "step.skipped", "step.failed"})
 # What clients are shown; the others are the service's own bookkeeping.
 SHOWN_KINDS = TERMINAL_KINDS | {
     "execution.started",
@@ -64,7 +65,10 @@ def journal_problems(journal: Sequence[Entry]) -> list[str]:
     step_ids = {entry.data["step_id"] for entry in journal if "step_id" in entry.data}
     for step_id in sorted(step_ids):
         events = [entry for entry in journal if entry.data.get("step_id") == step_id]
-        problems += [f"step {step_id}: {text}" for text in _step_problems(events, has_completed)]
+        must_end_well = has_completed and "/" not in step_id
+        problems += [f"step {step_id}: {text}" for text in _step_problems(events, must_end_well)]
+        if has_completed and not any(entry.kind in ENDED_KINDS for entry in events):
+            problems.append(f"step {step_id}: it never ended")
     return problems
 
 
@@ -101,13 +105,13 @@ def loss_and_repetition(view: Sequence[Entry], journal: Sequence[Entry]) -> Coun
     return Count(len(expected), len(expected - set(seen)), repeated)
 
 
-def _step_problems(events: Sequence[Entry], has_completed: bool) -> list[str]:
+def _step_problems(events: Sequence[Entry], must_end_well: bool) -> list[str]:
     problems = []
     kinds = [entry.kind for entry in events]
     completed = kinds.count("step.completed")
     if completed > 1:
         problems.append(f"completed {completed} times")
-    if has_completed and completed + kinds.count("step.skipped") != 1:
+    if must_end_well and completed + kinds.count("step.skipped") != 1:
         problems.append("the execution completed without its one result")
     if completed and kinds[-1] != "step.completed":
         problems.append(f"{kinds[-1]} follows its completion")

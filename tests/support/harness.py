@@ -12,14 +12,15 @@ from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
 from serve_app.adapters.redis_store import RedisStore
 from serve_app.adapters.system import SystemClock, SystemEntropy
+from serve_app.core.definition import parse_workflow
 from serve_app.core.errors import UnknownWorkflowError
-from serve_app.core.workflow import Workflow, parse_workflow
+from serve_app.core.workflow import Workflow
 from serve_app.ingress.views import render_sse
 from serve_app.ports import StepType
 from serve_app.services.executions import Executions
 from serve_app.services.executor import Executor, WorkerLimits
 from serve_app.services.feeds import Feeds
-from serve_app.services.runner import OnEnd, Runtime, tell_nobody
+from serve_app.services.planner import OnEnd, Runtime, tell_nobody
 from serve_app.steps.echo import ECHO
 from serve_app.steps.transform import TRANSFORM
 

@@ -11,16 +11,12 @@ from serve_app.core.decisions import (
     StepErrored,
     StepFinished,
     cancel,
-    due_events,
-    is_ending,
-    is_overdue,
     kept_for_retry,
-    next_wake_ms,
     progress_percent,
     record,
-    scope_of,
     take_over,
 )
+from serve_app.core.due import due_events, is_ending, is_overdue, next_wake_ms
 from serve_app.core.errors import AlreadyTerminalError, InvalidRequestError
 from serve_app.core.execution import (
     CancelRequested,
@@ -43,6 +39,7 @@ from serve_app.core.execution import (
     evolve,
 )
 from serve_app.core.retry import Backoff, RetryPolicy
+from serve_app.core.scope import scope_of
 from serve_app.core.workflow import Workflow
 from tests.support.workflows import (
     FIXED,
@@ -59,6 +56,7 @@ from tests.support.workflows import (
 
 BEGUN = ExecutionStarted(T0)
 ONE = a_workflow(a_step("s"))
+THREE = a_workflow(a_step("s"), a_step("b"), a_step("c"))
 RAN = (BEGUN, StepStarted(T0, "s", 1))
 CANCELLED_ONE = CancelRequested(T0 + 1, "enough")
 
@@ -109,12 +107,11 @@ def test_a_cancelled_execution_ends_at_once_with_its_reason(before: tuple[Event,
 def test_a_new_owner_repeats_the_attempts_that_were_under_way_at_once() -> None:
     events = (*RAN, StepStarted(T0, "b", 1), StepStarted(T0, "c", 1), StepCompleted(T0, "c", 1))
     execution = an_execution(*events)
-    voided = take_over(execution, T0 + 50)
+    voided = take_over(execution, THREE, T0 + 50)
     assert voided == tuple(
         StepRetrying(T0 + 50, step_id, 1, 1, T0 + 50, WORKER_LOST) for step_id in ("s", "b")
     )
-    workflow = a_workflow(a_step("s"), a_step("b"), a_step("c"))
-    again, events = settled(folded(execution, voided), workflow, T0 + 50)
+    again, events = settled(folded(execution, voided), THREE, T0 + 50)
     assert events == [StepStarted(T0 + 50, "s", 1), StepStarted(T0 + 50, "b", 1)]
     assert again.steps["s"].losses == 1
 
@@ -123,13 +120,13 @@ def test_a_new_owner_repeats_the_attempts_that_were_under_way_at_once() -> None:
     "events", [(), (BEGUN,), (BEGUN, ExecutionParked(T0, T0 + 9)), (*RAN, CANCELLED_ONE)]
 )
 def test_a_new_owner_has_nothing_to_void_where_nothing_runs(events: tuple[Event, ...]) -> None:
-    assert take_over(an_execution(*events), T0 + 50) == ()
+    assert take_over(an_execution(*events), ONE, T0 + 50) == ()
 
 
 def test_a_step_that_loses_its_worker_each_time_ends_some_day() -> None:
     execution, now_ms, delays = an_execution(*RAN), T0, []
     for _ in range(LOSSES_MAX):
-        (retrying,) = take_over(execution, now_ms)
+        (retrying,) = take_over(execution, ONE, now_ms)
         assert isinstance(retrying, StepRetrying)
         assert retrying.attempt == 1
         delays.append(retrying.wake_at_ms - now_ms)
@@ -137,7 +134,7 @@ def test_a_step_that_loses_its_worker_each_time_ends_some_day() -> None:
         execution = folded(execution, (retrying, StepStarted(now_ms, "s", 1)))
     assert delays[:5] == [0, 200, 400, 800, 1600]
     assert set(delays[6:]) == {5000}
-    (failed,) = take_over(execution, now_ms)
+    (failed,) = take_over(execution, ONE, now_ms)
     assert failed == StepFailed(
         now_ms, "s", f"{WORKER_LOST}, {LOSSES_MAX} times over", "STEP_FAILED"
     )
@@ -451,8 +448,7 @@ def test_the_next_wake_is_the_earliest_retry_or_the_deadline() -> None:
 
 
 def test_progress_counts_the_steps_that_are_done() -> None:
-    workflow = a_workflow(a_step("s"), a_step("b"), a_step("c"))
-    execution = an_execution(*RAN)
+    workflow, execution = THREE, an_execution(*RAN)
     assert progress_percent(execution, workflow) == 0
     one = evolve(execution, StepCompleted(T0, "s", 1))
     assert progress_percent(one, workflow) == 33
@@ -466,7 +462,7 @@ def test_an_expression_sees_the_input_finished_outputs_and_the_execution() -> No
     execution = an_execution(
         *RAN, StepCompleted(T0, "s", OUTPUT), StepSkipped(T0, "b"), StepStarted(T0, "c", 1)
     )
-    scope = scope_of(replace(execution, attempt=2))
+    scope = scope_of(replace(execution, attempt=2), THREE)
     assert scope["steps"] == {"s": {"output": OUTPUT}, "b": {"output": None}}
     assert scope["input"] == {"name": "Ada"}
     assert scope["execution"] == {

@@ -232,7 +232,7 @@ STEP_HISTORIES = {
     "running": ((StepStarted(T0, "s", 1),), ("step.started", "step.skipped")),
     "retrying": (
         (StepStarted(T0, "s", 1), StepRetrying(T0, "s", 2, 1, T0 + 9, "e")),
-        ("chunk", "step.completed", "step.skipped", "step.retrying", "step.failed"),
+        ("chunk", "step.completed", "step.skipped", "step.retrying"),
     ),
     "completed": (
         (StepStarted(T0, "s", 1), StepCompleted(T0, "s", 1)),

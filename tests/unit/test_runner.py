@@ -1,9 +1,7 @@
 """The driver of one execution against a store that conflicts, fences, and goes away."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -18,7 +16,6 @@ from serve_app.core.execution import (
     CancelRequested,
     ChunkEmitted,
     Event,
-    Execution,
     ExecutionCancelled,
     ExecutionCompleted,
     ExecutionFailed,
@@ -33,25 +30,20 @@ from serve_app.core.execution import (
 )
 from serve_app.core.inference import JsonValue, Usage
 from serve_app.core.journal import Commit
-from serve_app.core.workflow import Workflow
-from serve_app.ports import StepCall, StepType
-from serve_app.services import runner
-from serve_app.services.runner import ABORT_WAIT_S, BROKEN, STORE_RETRY_S, Driver, Runtime
-from tests.support.memory_store import MemoryStore
-from tests.support.virtual_time import EPOCH_MS, VirtualClock, virtual_time
+from serve_app.ports import StepCall
+from serve_app.services import planner
+from serve_app.services.planner import BROKEN
+from serve_app.services.runner import ABORT_WAIT_S, STORE_RETRY_S
+from tests.support.rig import TOKEN, Rig, Run, now_ms
+from tests.support.virtual_time import EPOCH_MS, virtual_time
 from tests.support.workflows import (
-    CREATED,
     EXECUTION_ID,
     FIXED,
-    ToyEntropy,
-    ToyExpressions,
     a_chain,
     a_step,
     a_workflow,
 )
 
-Run = Callable[[StepCall], Awaitable[JsonValue]]
-TOKEN = "w1/1"
 USAGE = Usage(3, 4, 0)
 GONE = StoreUnavailableError("gone")
 
@@ -59,67 +51,6 @@ GONE = StoreUnavailableError("gone")
 async def forever(call: StepCall) -> JsonValue:
     await asyncio.Event().wait()
     return None
-
-
-@dataclass
-class Rig:
-    """One execution of a workflow whose `work` steps do what `runs` says, by step id."""
-
-    workflow: Workflow
-    runs: dict[str, Run] = field(default_factory=dict)
-    compute: Callable[[StepCall], JsonValue] = lambda call: call.settings
-    store: MemoryStore = field(default_factory=MemoryStore)
-    calls: list[StepCall] = field(default_factory=list)
-
-    async def driver(self, token: str = TOKEN, **created: object) -> Driver:
-        """A driver that has just been handed the execution; the first call creates it."""
-        clock = VirtualClock()
-        accepted = replace(CREATED, at_ms=clock.now_ms(), **created)
-        await self.store.create(EXECUTION_ID, accepted, "create", "")
-        types = {
-            "work": StepType(check=lambda settings: (), run=self._run),
-            "pure": StepType(check=lambda settings: (), compute=self.compute),
-        }
-        runtime = Runtime(self.store, types, ToyExpressions(), clock, ToyEntropy())
-        return Driver(self.store.own(EXECUTION_ID, token), self.workflow, runtime)
-
-    async def drive(self, **created: object) -> Execution:
-        """Drive a new execution until the driver lets go of it."""
-        await (await self.driver(**created)).drive()
-        return self.state
-
-    async def _run(self, call: StepCall) -> JsonValue:
-        self.calls.append(call)
-        return await self.runs[call.step_id](call)
-
-    @property
-    def state(self) -> Execution:
-        return self.store.states[EXECUTION_ID]
-
-    @property
-    def events(self) -> list[Event]:
-        """All after the first."""
-        return self.store.events(EXECUTION_ID)[1:]
-
-    def kinds(self) -> list[type[Event]]:
-        return [type(event) for event in self.events]
-
-    def commits(self) -> list[str]:
-        """Commit ids in the order they got in, each once."""
-        return list(dict.fromkeys(stored.commit_id for stored in self.store.journals[EXECUTION_ID]))
-
-    def text(self) -> str:
-        return "".join(e.text for e in self.events if isinstance(e, ChunkEmitted))
-
-    def cancel(self, driver: Driver | None = None) -> None:
-        """Somebody asks for an end; with a driver, its bell rings."""
-        notice = self.store.append(EXECUTION_ID, CancelRequested(now_ms(), "enough"))
-        if driver is not None:
-            driver.notify(notice.events)
-
-
-def now_ms() -> int:
-    return VirtualClock().now_ms()
 
 
 def a_rig(run: Run, **step: object) -> Rig:
@@ -592,7 +523,7 @@ async def test_a_bug_in_the_driver_is_not_swallowed(monkeypatch: pytest.MonkeyPa
     def broken(*args: object) -> tuple[Event, ...]:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(runner, "due_events", broken)
+    monkeypatch.setattr(planner, "due_events", broken)
     with pytest.raises(ExceptionGroup):
         await a_rig(ten).drive()
 

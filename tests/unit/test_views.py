@@ -162,6 +162,7 @@ SHOWN: dict[str, dict[str, object] | None] = {
     "execution.created": None,
     "execution.started": {"workflowId": "wf"},
     "step.started": {"step": "new", "attempt": 1},
+    "map.opened": None,
     "chunk": {"step": "ran", "data": "hi"},
     "step.completed": {"step": "ran", "output": OUTPUT, "usage": usage_view(USAGE)},
     "step.skipped": None,

@@ -7,17 +7,12 @@ import yaml
 
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
+from serve_app.core.definition import STEPS_MAX, parse_workflow
 from serve_app.core.errors import InvalidWorkflowError, Problem
 from serve_app.core.inference import JsonValue
 from serve_app.core.plain_json import DOCUMENT_SIZE_MAX, NESTING_MAX
 from serve_app.core.retry import Backoff, RetryPolicy
-from serve_app.core.workflow import (
-    STEPS_MAX,
-    Workflow,
-    parse_duration_ms,
-    parse_workflow,
-    ready_steps,
-)
+from serve_app.core.workflow import Workflow, parse_duration_ms, ready_steps
 
 SHIPPED = sorted((Path(__file__).parents[2] / "workflows").glob("*.yaml"))
 EXPRESSIONS, SCHEMAS = CelExpressions(), JsonSchemas()
@@ -326,7 +321,7 @@ def test_steps_become_ready_as_their_needs_are_done() -> None:
     )
 
     def ready(done: set[str], started: set[str]) -> list[str]:
-        return [step.id for step in ready_steps(found, done, started)]
+        return [step.id for step in ready_steps(found.steps, done, started)]
 
     assert ready(set(), set()) == ["a", "b"]
     assert ready(set(), {"a"}) == ["b"]

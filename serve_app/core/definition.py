@@ -1,0 +1,320 @@
+"""From a document to a checked workflow.
+
+Owns the format of a definition. Does not know CEL, JSON Schema or any step type but the composites,
+whose settings hold steps: the caller hands in the other checks. Invariant: what `parse_workflow`
+returns can be run as it stands: every expression parses, every step it mentions has finished when
+it is evaluated, and no key was ignored.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from serve_app.core.definition_checks import Checks
+from serve_app.core.errors import InvalidWorkflowError, Problem
+from serve_app.core.inference import JsonValue
+from serve_app.core.plain_json import PROBLEMS_MAX, plain_document
+from serve_app.core.retry import RetryPolicy
+from serve_app.core.step_graph import Level, Place, graph_problems
+from serve_app.core.template import OPEN, Loc, split
+from serve_app.core.workflow import COMPOSITES, Block, Step, Workflow
+
+StepCheck: TypeAlias = Callable[[JsonValue], Sequence[Problem]]
+
+STEPS_MAX = 100  # inner steps included
+NESTING_MAX = 5  # composites inside each other
+CONCURRENCY_MAX = 100  # items of a map at once
+ROUNDS_MAX = 1_000  # of a loop
+DESCRIPTION_CHARS_MAX = 2_000
+
+WORKFLOW_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+STEP_ID = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")  # an identifier, so that CEL can select it
+STEP_ID_FORM = "letters, digits and _, no digit first"
+WORKFLOW_KEYS = ("id", "description", "input", "timeout", "retry", "steps", "output")
+STEP_KEYS = ("id", "needs", "when", "retry", "timeout")
+ANSWER_KEYS = frozenset({"version", "createdAt"})  # GET adds them, so that PUT ignores them
+WORKFLOW_KEYS_TO_COME = frozenset({"triggers", "concurrency", "rateLimit", "cache"})
+STEP_TYPES_TO_COME = frozenset(
+    {"http", "sleep", "wait_for_event", "approval", "workflow", "emit", "app", "publish"}
+)
+COMPOSITE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "parallel": ("branches",),
+    "map": ("over", "concurrency", "onError", "steps"),
+    "branch": ("cases", "else"),
+    "loop": ("while", "maxRounds", "steps"),
+}
+ON_ERROR = ("fail", "skip")
+
+
+def parse_workflow(
+    document: object,
+    *,
+    check_expression: Callable[[str], str | None],
+    check_schema: Callable[[object], str | None],
+    step_checks: Mapping[str, StepCheck],
+) -> Workflow:
+    """Check a definition and give it as a value.
+
+    Args:
+        document: what JSON or YAML gave; nothing is expected of it.
+        check_expression: why a text is no expression, or None.
+        check_schema: why a value is no JSON Schema, or None.
+        step_checks: by step type; each gets settings whose templates parse.
+
+    Raises:
+        InvalidWorkflowError: with every problem found, each with its place.
+    """
+    if not isinstance(document, Mapping):
+        raise _refusal([Problem((), "a workflow is an object with id and steps")])
+    plain, problems = plain_document(document)
+    if problems:
+        raise _refusal(problems)
+    definition = {key: value for key, value in plain.items() if key not in ANSWER_KEYS}
+    parsing = _Parsing(Checks(check_expression), step_checks)
+    return parsing.workflow(definition, check_schema)
+
+
+def _refusal(problems: Sequence[Problem]) -> InvalidWorkflowError:
+    first = problems[0]
+    place = ".".join(str(part) for part in first.loc)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    message = f"invalid workflow: {place + ': ' if place else ''}{first.msg}{more}"
+    return InvalidWorkflowError(message, problems[:PROBLEMS_MAX])
+
+
+class _Parsing:
+    """One pass over a plain document."""
+
+    def __init__(self, checks: Checks, step_checks: Mapping[str, StepCheck]) -> None:
+        self._checks = checks
+        self._note = checks.note
+        self._step_checks = step_checks
+        self._types = (*step_checks, *COMPOSITES)
+        self._levels: list[Level] = []
+        self._steps_left = STEPS_MAX
+
+    def workflow(
+        self, document: dict[str, JsonValue], check_schema: Callable[[object], str | None]
+    ) -> Workflow:
+        checks = self._checks
+        checks.refuse_unknown(document, (), WORKFLOW_KEYS, WORKFLOW_KEYS_TO_COME)
+        allowed = "lower-case letters, digits and dashes"
+        workflow_id = checks.identifier(document, (), WORKFLOW_ID, allowed)
+        description = self._description(document)
+        input_schema = self._input_schema(document, check_schema)
+        timeout_ms = checks.duration(document, "timeout", ())
+        retry = checks.retry(document, ())
+        root = Level(("steps",))
+        steps = self._steps(document.get("steps"), root)
+        if "output" in document:
+            checks.expressions(document["output"], ("output",), Place(root, None))
+        checks.problems.extend(graph_problems(self._levels, checks.mentions))
+        if checks.problems:
+            raise _refusal(checks.problems)
+        return Workflow(
+            id=workflow_id,
+            description=description,
+            input_schema=input_schema,
+            output=document.get("output"),
+            has_output="output" in document,
+            timeout_ms=timeout_ms,
+            retry=retry or RetryPolicy(),
+            steps=steps,
+            document=document,
+        )
+
+    def _description(self, document: Mapping[str, JsonValue]) -> str:
+        found = document.get("description", "")
+        if isinstance(found, str) and len(found) <= DESCRIPTION_CHARS_MAX:
+            return found
+        self._note(("description",), f"is text of at most {DESCRIPTION_CHARS_MAX} characters")
+        return ""
+
+    def _input_schema(
+        self, document: Mapping[str, JsonValue], check_schema: Callable[[object], str | None]
+    ) -> Mapping[str, JsonValue] | None:
+        if "input" not in document:
+            return None
+        found = document["input"]
+        if not isinstance(found, Mapping):
+            self._note(("input",), "is a JSON Schema, such as {type: object}")
+            return None
+        problem = check_schema(found)
+        if problem is not None:
+            self._note(("input",), f"is no JSON Schema: {problem}")
+        return found
+
+    def _steps(self, found: JsonValue, level: Level) -> tuple[Step, ...]:
+        """The steps of one block; `level` takes their ids as they are found."""
+        self._levels.append(level)
+        if not isinstance(found, list) or not found:
+            self._note(level.loc, "is required: a list of one step or more")
+            return ()
+        if len(found) > self._steps_left:
+            self._note(level.loc, f"a workflow has at most {STEPS_MAX} steps, inner ones included")
+            found = found[: self._steps_left]
+        self._steps_left -= len(found)
+        return tuple(self._step(value, Place(level, index)) for index, value in enumerate(found))
+
+    def _step(self, value: JsonValue, place: Place) -> Step:
+        checks, level, index = self._checks, place.level, place.index
+        assert index is not None, "a step has an index"
+        loc: Loc = (*level.loc, index)
+        before = tuple(step_id for step_id, _ in level.steps[-1:] if step_id)
+        level.steps.append(("", ()))
+        if not isinstance(value, Mapping):
+            self._note(loc, "a step is an object with an id and one key that names its type")
+            return Step("", "", None)
+        step_id = checks.identifier(value, loc, STEP_ID, STEP_ID_FORM)
+        needs = self._needs(value, loc, before)
+        level.steps[index] = (step_id, needs)
+        step_type = self._type(value, loc)
+        settings, blocks = self._settings(value, step_type, loc, place)
+        return Step(
+            id=step_id,
+            type=step_type,
+            settings=settings,
+            needs=needs,
+            when=self._when(value, loc, place),
+            retry=checks.retry(value, loc),
+            timeout_ms=checks.duration(value, "timeout", loc),
+            blocks=blocks,
+        )
+
+    def _type(self, value: Mapping[str, JsonValue], loc: Loc) -> str:
+        self._checks.refuse_unknown(value, loc, (*STEP_KEYS, *self._types), STEP_TYPES_TO_COME)
+        types = [key for key in value if key in self._types]
+        is_unknown_named = any(key not in STEP_KEYS for key in value)
+        if len(types) > 1:
+            self._note(loc, f"has {len(types)} types, {' and '.join(types)}: make them two steps")
+        elif not types and not is_unknown_named:
+            self._note(loc, f"needs one key of {', '.join(self._types)} to name its type")
+        return types[0] if len(types) == 1 else ""
+
+    def _needs(
+        self, value: Mapping[str, JsonValue], loc: Loc, before: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        if "needs" not in value:
+            return before
+        found = value["needs"]
+        if not isinstance(found, list) or not all(isinstance(need, str) for need in found):
+            self._note((*loc, "needs"), "is a list of step ids; [] needs none")
+            return ()
+        if len(set(found)) < len(found):
+            self._note((*loc, "needs"), "names a step twice")
+        return tuple(dict.fromkeys(str(need) for need in found))
+
+    def _when(self, value: Mapping[str, JsonValue], loc: Loc, place: Place) -> str | None:
+        if "when" not in value:
+            return None
+        return self._condition(value["when"], (*loc, "when"), place)
+
+    def _condition(self, found: JsonValue, loc: Loc, place: Place) -> str | None:
+        if not isinstance(found, str):
+            self._note(loc, "is one CEL expression as text, without braces")
+            return None
+        self._checks.expression(found, loc, place)
+        return found
+
+    def _settings(
+        self, value: Mapping[str, JsonValue], step_type: str, loc: Loc, place: Place
+    ) -> tuple[JsonValue, tuple[Block, ...]]:
+        settings, inner = value.get(step_type), (*loc, step_type)
+        if step_type in COMPOSITES:
+            for key in ("retry", "timeout"):
+                if key in value:
+                    self._note((*loc, key), f"a {step_type} has none: give it to its inner steps")
+            return self._composite(settings, step_type, inner, place)
+        if step_type and self._checks.expressions(settings, inner, place):
+            self._checks.problems.extend(
+                Problem((*inner, *problem.loc), problem.msg)
+                for problem in self._step_checks[step_type](settings)
+            )
+        return settings, ()
+
+    def _composite(
+        self, settings: JsonValue, kind: str, loc: Loc, place: Place
+    ) -> tuple[JsonValue, tuple[Block, ...]]:
+        keys = COMPOSITE_KEYS[kind]
+        if not isinstance(settings, Mapping):
+            self._note(loc, f"{kind} takes an object of {', '.join(keys)}")
+            return None, ()
+        self._checks.refuse_unknown(settings, loc, keys)
+        depth, at = 1, place.level.around
+        while at is not None:
+            depth, at = depth + 1, at.level.around
+        if depth > NESTING_MAX:
+            self._note(loc, f"stands in {depth - 1} composites: at most {NESTING_MAX} may nest")
+            return None, ()
+        parse = {
+            "parallel": self._parallel,
+            "map": self._map,
+            "branch": self._branch,
+            "loop": self._loop,
+        }
+        blocks = parse[kind](settings, loc, place)
+        own = {key: settings[key] for key in settings if key not in ("branches", "cases", "else")}
+        own.pop("steps", None)
+        return own, blocks
+
+    def _parallel(
+        self, settings: Mapping[str, JsonValue], loc: Loc, place: Place
+    ) -> tuple[Block, ...]:
+        branches, loc = settings.get("branches"), (*loc, "branches")
+        if not isinstance(branches, Mapping) or not branches:
+            self._note(loc, "is required: an object of lists of steps, by the branches' names")
+            return ()
+        blocks = []
+        for name, steps in branches.items():
+            if not STEP_ID.fullmatch(name):
+                self._note((*loc, name), f"a branch's name is 1 to 64 {STEP_ID_FORM}")
+            level = Level((*loc, name), place, "parallel")
+            blocks.append(Block(name, self._steps(steps, level)))
+        return tuple(blocks)
+
+    def _map(self, settings: Mapping[str, JsonValue], loc: Loc, place: Place) -> tuple[Block, ...]:
+        over, concurrency = settings.get("over"), settings.get("concurrency", 1)
+        if not isinstance(over, list) and not (isinstance(over, str) and OPEN in over):
+            self._note((*loc, "over"), "is required: a list, or one {{ expression }} that gives it")
+        elif self._checks.expressions(over, (*loc, "over"), place) and (
+            isinstance(over, str) and len(split(over)) != 1
+        ):
+            self._note((*loc, "over"), "is one {{ expression }} and nothing around it")
+        if not (type(concurrency) is int and 1 <= concurrency <= CONCURRENCY_MAX):
+            self._note((*loc, "concurrency"), f"is a number from 1 to {CONCURRENCY_MAX}")
+        if settings.get("onError", ON_ERROR[0]) not in ON_ERROR:
+            self._note((*loc, "onError"), f"is one of {', '.join(ON_ERROR)}")
+        level = Level((*loc, "steps"), place, "map")
+        return (Block("", self._steps(settings.get("steps"), level)),)
+
+    def _branch(
+        self, settings: Mapping[str, JsonValue], loc: Loc, place: Place
+    ) -> tuple[Block, ...]:
+        cases = settings.get("cases")
+        if not isinstance(cases, list) or not cases:
+            self._note((*loc, "cases"), "is required: a list of {when, steps}")
+            return ()
+        blocks = []
+        for index, case in enumerate(cases):
+            at = (*loc, "cases", index)
+            if not isinstance(case, Mapping):
+                self._note(at, "a case is an object of when and steps")
+                continue
+            self._checks.refuse_unknown(case, at, ("when", "steps"))
+            when = self._condition(case.get("when"), (*at, "when"), place)
+            level = Level((*at, "steps"), place, "branch")
+            blocks.append(Block(str(index), self._steps(case.get("steps"), level), when))
+        if "else" in settings:
+            level = Level((*loc, "else"), place, "branch")
+            blocks.append(Block("else", self._steps(settings["else"], level)))
+        return tuple(blocks)
+
+    def _loop(self, settings: Mapping[str, JsonValue], loc: Loc, place: Place) -> tuple[Block, ...]:
+        rounds = settings.get("maxRounds")
+        if not (type(rounds) is int and 1 <= rounds <= ROUNDS_MAX):
+            self._note((*loc, "maxRounds"), f"is required: a number from 1 to {ROUNDS_MAX}")
+        level = Level((*loc, "steps"), place, "loop")
+        block = Block("", self._steps(settings.get("steps"), level))
+        # After its steps: it sees what the last round gave.
+        self._condition(settings.get("while"), (*loc, "while"), Place(level, None))
+        return (block,)

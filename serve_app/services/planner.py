@@ -1,0 +1,191 @@
+"""What one commit of a driver will hold: facts recorded, what is due decided, pure steps computed.
+
+Owns the order of decisions on the way to a commit. Awaits nothing and changes nothing: a plan that
+lost a race is thrown away and made again. Invariant: a plan is the fold of its own events.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from serve_app.core.decisions import Fact, StepErrored, StepFinished, record, take_over
+from serve_app.core.due import doomed_steps, due_events
+from serve_app.core.errors import ErrorCode, ServeAppError, StepFailedError
+from serve_app.core.execution import (
+    STEP_EVENTS,
+    ChunkEmitted,
+    Event,
+    Execution,
+    Folding,
+    StepStarted,
+    StepStatus,
+)
+from serve_app.core.inference import Usage
+from serve_app.core.journal import Outgoing
+from serve_app.core.scope import scope_of
+from serve_app.core.template import render
+from serve_app.core.workflow import Workflow
+from serve_app.ports import Clock, Entropy, Expressions, StepCall, StepType, WorkerStore
+
+logger = logging.getLogger(__name__)
+
+PLAN_EVENTS_MAX = 500  # of one commit, about: the store does nothing else meanwhile
+BROKEN = "internal error in the step"  # all that a caller is told of a bug; the log has the rest
+RUNNABLE_AGAIN = frozenset({ErrorCode.INTERNAL, ErrorCode.OVERLOADED, ErrorCode.STEP_FAILED})
+
+
+OnEnd = Callable[[Execution], Awaitable[Sequence[Outgoing]]]
+
+
+async def tell_nobody(execution: Execution) -> Sequence[Outgoing]:  # noqa: ARG001 - an `OnEnd`
+    """Nothing leaves with the end of an execution."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What all executions of a worker share.
+
+    Args:
+        on_end: what leaves with the commit that ends an execution; it may be asked again about
+            the same end, and must then answer the same message ids. What it raises for a store
+            out of reach is tried again; nothing ends without its messages.
+    """
+
+    store: WorkerStore
+    step_types: Mapping[str, StepType]
+    expressions: Expressions
+    clock: Clock
+    entropy: Entropy
+    on_end: OnEnd = tell_nobody
+
+
+class Plan:
+    """Events decided on top of `before`.
+
+    `touched` has the steps they changed that no decision has looked at yet; None: look at all.
+    `doomed` are steps under way that must be aborted before anything can be decided.
+    """
+
+    def __init__(self, before: Execution, touched: Iterable[str] | None) -> None:
+        self.before = before
+        self.events: list[Event] = []
+        self.touched = None if touched is None else dict.fromkeys(touched)
+        self.doomed: set[str] = set()
+        self._folding = Folding(before)
+
+    @property
+    def after(self) -> Execution:
+        """The state that the events give."""
+        return self._folding.execution
+
+    def add(self, events: tuple[Event, ...]) -> None:
+        """Decided: these too."""
+        for event in events:
+            self._folding.add(event)
+            self.events.append(event)
+            if not isinstance(event, STEP_EVENTS):
+                self.touched = None
+            elif self.touched is not None and not isinstance(event, ChunkEmitted):
+                self.touched[event.step_id] = None
+
+    def examined(self) -> None:
+        """All that changed so far was looked at."""
+        self.touched = {}
+
+
+class Planner:
+    """Plans for one workflow."""
+
+    def __init__(self, workflow: Workflow, runtime: Runtime) -> None:
+        self._workflow = workflow
+        self._runtime = runtime
+
+    def plan(self, plan: Plan, facts: Sequence[Fact], busy: Collection[str], now_ms: int) -> Plan:
+        """Decide until nothing is due, a step under way is in the way, or a commit is full.
+
+        `busy` names the steps under way.
+        """
+        for fact in facts:
+            plan.add(self._recorded(plan.after, fact, now_ms))
+        workflow, evaluate = self._workflow, self._runtime.expressions.evaluate
+        while len(plan.events) < PLAN_EVENTS_MAX:
+            plan.doomed = doomed_steps(plan.after, workflow, now_ms, plan.touched).intersection(
+                busy
+            )
+            if plan.doomed:
+                break
+            due = due_events(plan.after, workflow, now_ms, evaluate, plan.touched)
+            plan.examined()
+            if not due:
+                break
+            plan.add(due)
+            for event in due:
+                if isinstance(event, StepStarted):
+                    self._compute(plan, event, now_ms)
+        return plan
+
+    def take_over(self, plan: Plan, now_ms: int) -> None:
+        """Void what the worker before had under way."""
+        plan.add(take_over(plan.after, self._workflow, now_ms))
+
+    def call(
+        self,
+        execution: Execution,
+        step_id: str,
+        emit: Callable[[str, tuple[int, ...]], None] = lambda _text, _ids: None,
+        report_usage: Callable[[Usage], None] = lambda _usage: None,
+    ) -> StepCall:
+        """The present attempt of a step, its settings filled in.
+
+        Raises:
+            StepFailedError: an expression has no value.
+        """
+        step, attempt = self._workflow.step(step_id), execution.steps[step_id].attempt
+        scope = scope_of(execution, self._workflow, step_id)
+        evaluate = self._runtime.expressions.evaluate
+        return StepCall(
+            execution_id=execution.id,
+            step_id=step_id,
+            attempt=attempt,
+            settings=render(step.settings, lambda text: evaluate(text, scope)),
+            input=execution.created.input,
+            idempotency_key=f"{execution.id}/{step_id}/{attempt}",
+            deadline_ms=execution.created.deadline_ms,
+            priority=execution.created.priority,
+            emit=emit,
+            report_usage=report_usage,
+            workspace=execution.created.workspace,
+        )
+
+    def _compute(self, plan: Plan, started: StepStarted, now_ms: int) -> None:
+        """Run a pure step inside the decision; its start and its result share one commit."""
+        definition = self._workflow.step(started.step_id)
+        status = plan.after.steps[started.step_id].status
+        if definition.blocks or status is not StepStatus.RUNNING:
+            return
+        step_type = self._runtime.step_types[definition.type]
+        if step_type.compute is None:
+            return
+        fact: Fact
+        try:
+            output = step_type.compute(self.call(plan.after, started.step_id))
+            fact = StepFinished(started.step_id, started.attempt, output)
+        except ServeAppError as error:
+            fact = errored(started.step_id, started.attempt, error)
+        except Exception:  # else the driver breaks, is adopted again, and breaks again
+            logger.exception("step broke", extra={"execution_id": plan.after.id})
+            fact = StepErrored(started.step_id, started.attempt, BROKEN, ErrorCode.INTERNAL)
+        plan.add(self._recorded(plan.after, fact, now_ms))
+
+    def _recorded(self, execution: Execution, fact: Fact, now_ms: int) -> tuple[Event, ...]:
+        jitter = self._runtime.entropy.uniform() if isinstance(fact, StepErrored) else 0.0
+        return record(execution, self._workflow, fact, now_ms, jitter)
+
+
+def errored(step_id: str, attempt: int, error: ServeAppError) -> StepErrored:
+    """What a step reports that raised; our own errors say whether another try may help."""
+    is_retryable = (
+        error.retryable if isinstance(error, StepFailedError) else error.code in RUNNABLE_AGAIN
+    )
+    return StepErrored(step_id, attempt, str(error), error.code, is_retryable)

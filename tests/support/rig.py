@@ -1,0 +1,84 @@
+"""One driver on a store in memory, in virtual time: a workflow is run without a process."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+
+from serve_app.core.execution import CancelRequested, ChunkEmitted, Event, Execution
+from serve_app.core.inference import JsonValue
+from serve_app.core.workflow import Workflow
+from serve_app.ports import Expressions, StepCall, StepType
+from serve_app.services.planner import Runtime
+from serve_app.services.runner import Driver
+from serve_app.steps.echo import ECHO
+from serve_app.steps.transform import TRANSFORM
+from tests.support.memory_store import MemoryStore
+from tests.support.virtual_time import VirtualClock
+from tests.support.workflows import CREATED, EXECUTION_ID, ToyEntropy, ToyExpressions
+
+Run = Callable[[StepCall], Awaitable[JsonValue]]
+TOKEN = "w1/1"
+
+
+@dataclass
+class Rig:
+    """One execution of a workflow whose `work` steps do what `runs` says, by step id."""
+
+    workflow: Workflow
+    runs: dict[str, Run] = field(default_factory=dict)
+    compute: Callable[[StepCall], JsonValue] = lambda call: call.settings
+    store: MemoryStore = field(default_factory=MemoryStore)
+    calls: list[StepCall] = field(default_factory=list)
+    expressions: Expressions = field(default_factory=ToyExpressions)
+
+    async def driver(self, token: str = TOKEN, **created: object) -> Driver:
+        """A driver that has just been handed the execution; the first call creates it."""
+        clock = VirtualClock()
+        accepted = replace(CREATED, at_ms=clock.now_ms(), **created)
+        await self.store.create(EXECUTION_ID, accepted, "create", "")
+        types = {
+            "echo": ECHO,
+            "transform": TRANSFORM,
+            "work": StepType(check=lambda settings: (), run=self._run),
+            "pure": StepType(check=lambda settings: (), compute=self.compute),
+        }
+        runtime = Runtime(self.store, types, self.expressions, clock, ToyEntropy())
+        return Driver(self.store.own(EXECUTION_ID, token), self.workflow, runtime)
+
+    async def drive(self, **created: object) -> Execution:
+        """Drive a new execution until the driver lets go of it."""
+        await (await self.driver(**created)).drive()
+        return self.state
+
+    async def _run(self, call: StepCall) -> JsonValue:
+        self.calls.append(call)
+        run = self.runs.get(call.step_id) or self.runs[call.step_id.rpartition("/")[2]]
+        return await run(call)
+
+    @property
+    def state(self) -> Execution:
+        return self.store.states[EXECUTION_ID]
+
+    @property
+    def events(self) -> list[Event]:
+        """All after the first."""
+        return self.store.events(EXECUTION_ID)[1:]
+
+    def kinds(self) -> list[type[Event]]:
+        return [type(event) for event in self.events]
+
+    def commits(self) -> list[str]:
+        """Commit ids in the order they got in, each once."""
+        return list(dict.fromkeys(stored.commit_id for stored in self.store.journals[EXECUTION_ID]))
+
+    def text(self) -> str:
+        return "".join(e.text for e in self.events if isinstance(e, ChunkEmitted))
+
+    def cancel(self, driver: Driver | None = None) -> None:
+        """Somebody asks for an end; with a driver, its bell rings."""
+        notice = self.store.append(EXECUTION_ID, CancelRequested(now_ms(), "enough"))
+        if driver is not None:
+            driver.notify(notice.events)
+
+
+def now_ms() -> int:
+    return VirtualClock().now_ms()
