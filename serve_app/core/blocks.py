@@ -51,12 +51,12 @@ def failed_steps(
     """
     found = []
     for path in execution.steps if touched is None else touched:
+        if "/" not in path:
+            continue
         block = block_of(path)
         composite = composite_of(block)
-        state = execution.steps.get(path)
-        if not block or state is None or state.status is not StepStatus.FAILED:
-            continue
-        if is_running(execution, composite):
+        is_failed = execution.steps[path].status is StepStatus.FAILED
+        if is_failed and is_running(execution, composite):
             found.append((path, block if is_skipping(workflow, composite) else composite))
     return sorted(found)
 
@@ -74,7 +74,7 @@ def blocks_to_examine(
     `touched` names the steps whose state changed since the last examination; None: any may have.
     """
     if touched is not None:
-        yield from dict.fromkeys(block_of(path) for path in touched if path in execution.steps)
+        yield from dict.fromkeys(block_of(path) for path in touched)
         return
     yield ""
     for path in execution.live_steps:

@@ -9,7 +9,7 @@ events, so a decision that lost a race is simply taken again.
 from dataclasses import dataclass
 
 from serve_app.core.blocks import is_composite, is_forgiven, progress_share
-from serve_app.core.due import cut_off, cut_off_code, is_ending
+from serve_app.core.due import cut_off_code, is_ending
 from serve_app.core.errors import AlreadyTerminalError, ErrorCode, InvalidRequestError
 from serve_app.core.execution import (
     CancelRequested,
@@ -25,6 +25,7 @@ from serve_app.core.execution import (
 )
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.retry import retry_delay_ms
+from serve_app.core.rounds import cut_off
 from serve_app.core.scope import block_of
 from serve_app.core.workflow import Workflow
 

@@ -422,14 +422,23 @@ class Folding:
             attempt = event.execution_attempt
         elif step.status is StepStatus.FAILED and failed is None and "/" not in event.step_id:
             failed = event.step_id
-        self._execution = replace(
-            execution,
-            seq=execution.seq + 1,
-            status=status,
-            attempt=attempt,
-            steps=self._steps,
-            live=self._live,
-            failed=failed,
+        # Spelled out: `replace` takes four times as long, and this runs for every event.
+        self._execution = Execution(
+            execution.id,
+            execution.seq + 1,
+            status,
+            execution.created,
+            attempt,
+            execution.started_at_ms,
+            execution.completed_at_ms,
+            execution.wake_at_ms,
+            execution.cancel_reason,
+            execution.data,
+            execution.error,
+            execution.error_code,
+            self._steps,
+            self._live,
+            failed,
         )
 
     def _put(self, step_id: str, step: StepState) -> None:

@@ -28,6 +28,7 @@ from serve_app.core.errors import (
     StoreUnavailableError,
 )
 from serve_app.core.execution import (
+    Execution,
     Folding,
     Status,
     StepStatus,

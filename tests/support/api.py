@@ -27,7 +27,7 @@ from serve_app.core.routing import Candidate, Decision
 from serve_app.ingress.app import Services, create_app
 from serve_app.services.executor import Executor, WorkerLimits
 from serve_app.services.inference import Inference
-from serve_app.services.runner import Runtime
+from serve_app.services.planner import Runtime
 from serve_app.settings import Settings
 from serve_app.steps import step_types
 from tests.support.valkey_cluster import flush

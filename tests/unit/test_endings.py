@@ -9,7 +9,8 @@ from serve_app.core.errors import StoreUnavailableError
 from serve_app.core.execution import CancelRequested, Execution, Status
 from serve_app.core.journal import Commit, Outgoing
 from serve_app.ports import StepType
-from serve_app.services.runner import Driver, OnEnd, Runtime
+from serve_app.services.planner import OnEnd, Runtime
+from serve_app.services.runner import Driver
 from tests.support.memory_store import MemoryStore
 from tests.support.virtual_time import VirtualClock, virtual_time
 from tests.support.workflows import (
