@@ -14,10 +14,12 @@ from serve_app.adapters.redis_connect import RedisConnections, metrics_of
 from serve_app.adapters.redis_idempotency import RedisIdempotency
 from serve_app.adapters.redis_limits import RedisLimits
 from serve_app.adapters.redis_replicas import RedisReplicas
+from serve_app.adapters.redis_sessions import RedisSessions
 from serve_app.adapters.redis_store import DAY_MS
 from serve_app.adapters.redis_usage import RedisUsage
 from serve_app.core.auth import SHOWN_CHARACTERS, KeyRecord, Scope
 from serve_app.core.limits import NO_LIMITS, Limit, Limits
+from serve_app.core.session import SessionLimits
 from serve_app.ingress.app import Services
 from serve_app.ingress.auth import Authenticator
 from serve_app.ingress.views import render_sse
@@ -25,8 +27,10 @@ from serve_app.ports import Clock, Entropy
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
+from serve_app.services.hosts import Hosts
 from serve_app.services.inference import Inference
 from serve_app.services.limits import KeyLimits
+from serve_app.services.sessions import Sessions
 from serve_app.settings import Settings
 from serve_app.steps import step_types
 
@@ -74,6 +78,10 @@ def compose(
         inference=inference,
         request_metrics=ProcessMetrics(),
         metrics_page=metrics_of(settings, stores, clock, f"ingress-{ingress_id}"),
+        sessions=Sessions(
+            RedisSessions(stores.calls, settings.partitions), clock, entropy, _limits(settings)
+        ),
+        hosts=Hosts(registry, clock, entropy),
         health=Health(stores.store, registry, clock, has_models=settings.model_replicas > 0),
         clock=clock,
         entropy=entropy,
@@ -88,6 +96,15 @@ def default_limits(settings: Settings) -> Limits:
         return NO_LIMITS
     window_ms = round(settings.rate_limit_window_s * 1000)
     return Limits(requests=Limit(settings.rate_limit_requests, window_ms))
+
+
+def _limits(settings: Settings) -> SessionLimits:
+    return SessionLimits(
+        messages_max=settings.session_messages_max,
+        bytes_max=settings.session_bytes_max,
+        idle_ms=settings.session_idle_s * 1000,
+        waiting_max=settings.session_waiting_max,
+    )
 
 
 async def publish(services: Services) -> None:

@@ -35,6 +35,15 @@ from inferpipe._wire_delivery import (
     WebhookSecret,
     WebhookView,
 )
+from inferpipe._wire_session import (
+    HostList,
+    HostRequirements,
+    HostView,
+    SessionMessageList,
+    SessionMessageView,
+    SessionRequest,
+    SessionView,
+)
 from inferpipe._wire_socket import (
     SOCKET_REQUEST_ID_MAX,
     AuthMessage,
@@ -73,6 +82,9 @@ __all__ = [
     "ExecutionResult",
     "ExecutionStatus",
     "HealthStatus",
+    "HostList",
+    "HostRequirements",
+    "HostView",
     "InferenceMessage",
     "KeyList",
     "KeyRequest",
@@ -85,6 +97,10 @@ __all__ = [
     "RotateSecretRequest",
     "ServerMessage",
     "ServerSentEvent",
+    "SessionMessageList",
+    "SessionMessageView",
+    "SessionRequest",
+    "SessionView",
     "SignalRequest",
     "SocketError",
     "SocketInference",

@@ -44,6 +44,7 @@ from serve_app.core.journal import (
 )
 from serve_app.core.limits import Limits, Standing
 from serve_app.core.routing import Decision, ReplicaReport
+from serve_app.core.session import Session, SessionLimits, SessionMessage
 from serve_app.core.usage import Spending, UsageRow
 from serve_app.core.workflow import Workflow
 
@@ -520,6 +521,66 @@ class MetricsPage(Protocol):
 
     async def page(self) -> bytes:
         """In Prometheus's text format; without the other processes' while the store is away."""
+        ...
+
+
+class TurnLine(StrEnum):
+    """Where a turn stands in its session's line."""
+
+    RUNNING = "running"
+    WAITING = "waiting"
+    FULL = "full"
+    LOST = "lost"
+    ENDED = "ended"
+
+
+class SessionStore(Protocol):
+    """Conversations, durable when a call returns. Every call may be repeated without harm."""
+
+    @property
+    def partition_count(self) -> int:
+        """Fixed per cluster."""
+        ...
+
+    async def create(self, session: Session, idle_ms: int) -> None:
+        """Keep a new session."""
+        ...
+
+    async def find(self, session_id: str) -> Session | None:
+        """The session; None when it was never there or has ended."""
+        ...
+
+    async def end(self, session_id: str) -> bool:
+        """Forget a session and all it holds; whether it was there."""
+        ...
+
+    async def messages(self, session_id: str, start: int, limit: int) -> Sequence[SessionMessage]:
+        """Messages from index `start` on, oldest first."""
+        ...
+
+    async def join(self, session_id: str, turn_id: str, limits: SessionLimits) -> TurnLine:
+        """Stand in line for a turn, behind those that wait already."""
+        ...
+
+    async def hold(self, session_id: str, turn_id: str, limits: SessionLimits) -> TurnLine:
+        """Keep the place for another lease, in line or running; LOST: the lease had run out."""
+        ...
+
+    async def leave(self, session_id: str, turn_id: str) -> None:
+        """Give the place up."""
+        ...
+
+    async def keep(
+        self,
+        session_id: str,
+        turn_id: str,
+        turn: tuple[SessionMessage, SessionMessage],
+        idle_ms: int,
+    ) -> TurnLine:
+        """Append what a running turn has brought, and give the place up.
+
+        RUNNING: it is kept. LOST: the lease had run out. ENDED: the session has gone.
+        """
         ...
 
 

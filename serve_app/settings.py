@@ -107,6 +107,19 @@ class Settings(BaseSettings):
         30.0, gt=0, description="A WebSocket client that reads nothing for so long is cut off."
     )
 
+    session_messages_max: int = Field(
+        200, ge=2, le=10_000, description="Messages in one session; a turn adds two."
+    )
+    session_bytes_max: int = Field(
+        1 << 20, ge=1024, le=64 << 20, description="Text in one session."
+    )
+    session_idle_s: int = Field(
+        86_400, ge=1, description="A session without a turn for so long is gone."
+    )
+    session_waiting_max: int = Field(
+        8, ge=0, description="Turns of one session that wait for the one that runs."
+    )
+
     redis_url: SecretStr = Field(
         SecretStr(""),
         description="redis:// or rediss:// address of a server, or of a node of a Redis Cluster "

@@ -21,6 +21,9 @@
 --   p:spent:<ws>           hash    key id -> tokens it ever spent here; expires 32 days after the last
 --   p:in:<ingress>, p:w:<worker>, p:bell   sharded channels
 --   p:sync, ip:{config}:sync  string  written so that WAIT has something to wait for
+--   p:se:<session>         hash    ws model system at used count bytes order last, of a session
+--   p:se:<session>:m       list    its messages, JSON
+--   p:se:<session>:line    zset    its turns in order of arrival, the first is running; :held zset, until when
 --   ip:{config}:wf:<ws>:<id>  hash  version -> definition, at:<version>, latest (live), last (ever)
 --   ip:{config}:wfs:<ws>      set   ids of live definitions
 --   ip:{config}:keys          hash  key hash -> record

@@ -29,6 +29,7 @@ class ErrorCode(StrEnum):
     UNKNOWN_WORKFLOW = "UNKNOWN_WORKFLOW"
     UNKNOWN_EXECUTION = "UNKNOWN_EXECUTION"
     UNKNOWN_KEY = "UNKNOWN_KEY"
+    UNKNOWN_SESSION = "UNKNOWN_SESSION"
     WORKSPACE_EXISTS = "WORKSPACE_EXISTS"
     ALREADY_TERMINAL = "ALREADY_TERMINAL"
     NOT_TERMINAL = "NOT_TERMINAL"
@@ -152,6 +153,12 @@ class UnknownKeyError(ServeAppError):
     """No key of this id in the workspace."""
 
     code = ErrorCode.UNKNOWN_KEY
+
+
+class UnknownSessionError(ServeAppError):
+    """No session of this id in the workspace, or it has ended."""
+
+    code = ErrorCode.UNKNOWN_SESSION
 
 
 class WorkspaceExistsError(ServeAppError):

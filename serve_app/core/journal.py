@@ -31,8 +31,13 @@ def derived_execution_id(partition_count: int, *parts: str) -> str:
 
 def partition_of(an_execution_id: str, partition_count: int) -> int | None:
     """The partition an id names; None when it is not an id of this cluster."""
-    digits = an_execution_id.removeprefix(_ID_PREFIX)[:2]
-    is_id = an_execution_id.startswith(_ID_PREFIX) and all(c in "0123456789abcdef" for c in digits)
+    return marked_partition(an_execution_id, _ID_PREFIX, partition_count)
+
+
+def marked_partition(an_id: str, prefix: str, partition_count: int) -> int | None:
+    """The partition in the two hex digits behind a prefix; None when they are not there."""
+    digits = an_id.removeprefix(prefix)[:2]
+    is_id = an_id.startswith(prefix) and all(c in "0123456789abcdef" for c in digits)
     if not is_id or len(digits) != 2:  # noqa: PLR2004 - the two digits of `execution_id`
         return None
     partition = int(digits, 16)

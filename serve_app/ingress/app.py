@@ -37,8 +37,10 @@ from serve_app.ports import (
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
+from serve_app.services.hosts import Hosts
 from serve_app.services.inference import Inference
 from serve_app.services.limits import KeyLimits
+from serve_app.services.sessions import Sessions
 from serve_app.settings import Settings
 
 Value = TypeVar("Value")
@@ -70,6 +72,8 @@ class Services:
     request_metrics: RequestMetrics
     metrics_page: MetricsPage
     inference: Inference
+    sessions: Sessions
+    hosts: Hosts
     clock: Clock
     entropy: Entropy
     settings: Settings
@@ -93,8 +97,10 @@ def create_app(services: Services) -> FastAPI:
         decisions,
         executions,
         health,
+        hosts,
         keys,
         metrics,
+        sessions,
         stream_tokens,
         usage,
         workflows,
@@ -116,6 +122,8 @@ def create_app(services: Services) -> FastAPI:
         usage,
         health,
         metrics,
+        hosts,
+        sessions,
         websocket,
     ):
         app.include_router(routes.router)

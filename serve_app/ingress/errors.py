@@ -29,6 +29,7 @@ STATUS: Mapping[ErrorCode, int] = MappingProxyType(
         ErrorCode.UNKNOWN_EXECUTION: 404,
         ErrorCode.MODEL_NOT_AVAILABLE: 404,
         ErrorCode.UNKNOWN_KEY: 404,
+        ErrorCode.UNKNOWN_SESSION: 404,
         ErrorCode.METHOD_NOT_ALLOWED: 405,
         ErrorCode.WORKSPACE_EXISTS: 409,
         ErrorCode.ALREADY_TERMINAL: 409,

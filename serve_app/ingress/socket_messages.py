@@ -21,6 +21,7 @@ CODES: Mapping[ErrorCode, str] = MappingProxyType(
         ErrorCode.TIMEOUT: "INFERENCE_TIMEOUT",
         ErrorCode.OVERLOADED: "NO_HOSTS_AVAILABLE",
         ErrorCode.FORBIDDEN: "UNAUTHORIZED",
+        ErrorCode.STALE_LEASE: "CONNECTION_FAILED",
         ErrorCode.MALFORMED_JSON: "INVALID_REQUEST",
         ErrorCode.BODY_TOO_LARGE: "INVALID_REQUEST",
     }

@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import orjson
 from fastapi import APIRouter
@@ -36,7 +36,15 @@ from serve_app.core.errors import (
     ServeAppError,
     UnauthorizedError,
 )
-from serve_app.core.inference import NO_USAGE, FinishReason, GenerationRequest, Message, Usage
+from serve_app.core.inference import (
+    ANYWHERE,
+    NO_USAGE,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    Placement,
+    Usage,
+)
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json
 from serve_app.ingress.socket_messages import (
@@ -94,7 +102,8 @@ class _Call:
     is_cancelled: bool = False
     has_spoken: bool = False
     usage: Usage = NO_USAGE
-    held: list[str] = field(default_factory=list)  # the pieces of an answer that is not streamed
+    is_complete: bool = False
+    pieces: list[str] = field(default_factory=list)
 
 
 class _SocketClient:
@@ -104,7 +113,7 @@ class _SocketClient:
         self._socket = socket
         self._services: Services = services_of(socket)
         self._settings = self._services.settings
-        self._host_id = host_id
+        self._placement = ANYWHERE if host_id is None else Placement(host=host_id)
         self._principal: Callable[[], Awaitable[Principal]] = self._named_by_headers
         self._calls: dict[str | None, _Call] = {}
         self._alive_count = 0  # with those whose last message the socket has not taken yet
@@ -260,30 +269,53 @@ class _SocketClient:
 
     async def _generate(self, call: _Call, deadline_ms: int) -> list[Json]:
         wish = call.wish
-        request = GenerationRequest(
+        if wish.session_id is None:
+            alone = (Message("user", wish.prompt),)
+            return await self._stream(call, self._request(call, alone, deadline_ms))
+        sessions = self._services.sessions
+        workspace = call.principal.workspace
+        async with sessions.turn(workspace, wish.session_id, wish.prompt) as turn:
+            if wish.model not in {"", turn.session.model}:
+                raise InvalidRequestError(f"the session's model is {turn.session.model!r}")
+            request = self._request(call, turn.messages(wish.prompt), deadline_ms)
+            last = await self._stream(call, replace(request, model=turn.session.model))
+            if call.is_complete:
+                # Before the client hears of the end: what it has seen end is kept.
+                await sessions.keep(turn, wish.prompt, "".join(call.pieces))
+            return last
+
+    def _request(
+        self, call: _Call, messages: tuple[Message, ...], deadline_ms: int
+    ) -> GenerationRequest:
+        wish = call.wish
+        return GenerationRequest(
             request_id=self._services.entropy.token(),
-            messages=(Message("user", wish.prompt),),
+            messages=messages,
             model=wish.model,
             max_tokens=wish.max_tokens,
             temperature=wish.temperature,
             top_p=wish.top_p,
+            tenant=call.principal.workspace,
+            session=wish.session_id or "",
             stop=(wish.stop,) if isinstance(wish.stop, str) else wish.stop,
             deadline_ms=deadline_ms,
         )
+
+    async def _stream(self, call: _Call, request: GenerationRequest) -> list[Json]:
         reason, text = FinishReason.STOP, ""
-        async with aclosing(self._services.inference.generate(request)) as chunks:
+        async with aclosing(self._services.inference.generate(request, self._placement)) as chunks:
             async for chunk in chunks:
                 call.usage = chunk.usage or call.usage
+                call.pieces.append(chunk.text)
                 if chunk.finish_reason is not None:
                     reason, text = chunk.finish_reason, chunk.text
-                elif wish.stream:
+                elif call.wish.stream:
                     call.has_spoken = True
                     await self._send(piece_message(call.request_id, chunk.text))
-                else:
-                    call.held.append(chunk.text)
-        content = "".join([*call.held, text])
+        call.is_complete = reason is not FinishReason.CANCELLED
+        content = text if call.wish.stream else "".join(call.pieces)
         # The engine's giving up is no reason that a chunk can have.
-        shown = None if reason is FinishReason.CANCELLED else reason
+        shown = reason if call.is_complete else None
         return [piece_message(call.request_id, content, shown), _end(call, reason)]
 
     async def _receive(self) -> ClientMessage:
