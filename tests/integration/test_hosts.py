@@ -1,12 +1,14 @@
 """Hosts: the replicas' own reports, and the choice among them."""
 
+from pathlib import Path
+
 import pytest
 
 from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.system import SystemClock
 from serve_app.core.inference import ReplicaLoad
 from serve_app.core.routing import ReplicaReport
-from tests.support.api import Api
+from tests.support.api import Api, running_api
 
 
 async def report(
@@ -32,6 +34,21 @@ async def test_a_host_is_shown_with_all_its_members(api: Api) -> None:
             }
         ]
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("public_url", "api_url"),
+    [
+        ("https://api.example/ip/", "wss://api.example/ip/hosts/h1"),
+        ("http://10.0.0.1:8000", "ws://10.0.0.1:8000/hosts/h1"),
+    ],
+)
+async def test_a_proxy_before_us_has_its_address_told(
+    valkey_url: str, tmp_path: Path, public_url: str, api_url: str
+) -> None:
+    async with running_api(valkey_url, tmp_path, public_url=public_url) as api:
+        await report(api, "h1")
+        assert (await api.http.get("/v1/hosts")).json()["hosts"][0]["apiUrl"] == api_url
 
 
 async def test_hosts_that_do_not_serve_are_shown_for_a_while(api: Api) -> None:

@@ -130,10 +130,14 @@ async def test_what_runs_under_a_lost_lease_is_ended(bench: StoreBench) -> None:
     sessions = sessions_of(bench)
     store = RedisSessions(bench.calls, PARTITIONS)
     made = await sessions.create("ws", "m", "")
-    with pytest.raises(StaleLeaseError):
+
+    async def lose() -> None:
         async with sessions.turn("ws", made.id, "one") as turn:
             await store.leave(made.id, turn.id)
             await asyncio.sleep(5)
+
+    with pytest.raises(StaleLeaseError):
+        await lose()
     assert await contents(sessions, made.id) == []
 
 
