@@ -123,10 +123,14 @@ class StreamTokenRequest(RequestModel):
 
 
 class StreamTokenView(WireModel):
-    """A token for `?token=`, for browsers, which cannot send a header with an `EventSource`."""
+    """A token for `?token=`, for browsers, which cannot send a header with an `EventSource`.
 
-    token: str
+    A repeat under the same Idempotency-Key has `secret_shown` in the token's place.
+    """
+
+    token: str | None = None
     expires_at: Timestamp
+    secret_shown: bool | None = None
 
 
 class UsageItem(WireModel):

@@ -41,7 +41,10 @@ class KeyRequest(RequestModel):
 
 
 class KeyView(WireModel):
-    """A key without the key; `key` is there only in the answer that made it."""
+    """A key without the key; `key` is there only in the answer that made it.
+
+    A repeat of that answer, under the same Idempotency-Key, has `secret_shown` in its place.
+    """
 
     id: str
     name: str
@@ -52,6 +55,7 @@ class KeyView(WireModel):
     rate_limit: RateLimit | None = None
     token_limit: TokenLimit | None = None
     key: str | None = None
+    secret_shown: bool | None = None
 
 
 class KeyList(WireModel):
@@ -75,6 +79,7 @@ class WorkspaceView(WireModel):
     name: str | None = None
     created_at: Timestamp | None = None
     api_key: str | None = None
+    secret_shown: bool | None = None
 
 
 class WorkspaceList(WireModel):

@@ -15,6 +15,7 @@ ERRORS: dict[int | str, dict[str, object]] = {
         409: "It has ended, or the Idempotency-Key came with another body",
         413: "The body is too large",
         422: "The body or the input has the wrong shape",
+        429: "The key's limit is used up; see Retry-After",
         503: "A queue is full, or the store is out of reach; see Retry-After",
     }.items()
 }

@@ -7,6 +7,7 @@ requests pass. Builds no adapter: its services come in ready.
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from fastapi import FastAPI
@@ -24,6 +25,7 @@ from serve_app.core.errors import (
 from serve_app.ingress.auth import Authenticator
 from serve_app.ingress.errors import problem_response
 from serve_app.ingress.middleware import Observed
+from serve_app.ingress.openapi import openapi_of, operation_id
 from serve_app.ports import (
     Clock,
     Entropy,
@@ -111,7 +113,9 @@ def create_app(services: Services) -> FastAPI:
         version=services.version,
         description="Run LLM workflows: durable executions and token streams in one service.",
         redirect_slashes=False,
+        generate_unique_id_function=operation_id,
     )
+    app.openapi = partial(openapi_of, app)  # type: ignore[method-assign] # FastAPI's documented way
     app.state.services = services
     for routes in (
         executions,

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -94,7 +94,8 @@ async def running_api(
     clock, entropy = SystemClock(), SystemEntropy()
     stores = connect(settings, clock)
     inference = inference or Inference(ScriptedPlane(), ScriptedPlane())
-    services = compose(settings, stores, inference, clock, entropy)
+    composed = compose(settings, stores, inference, clock, entropy)
+    services = replace(composed, is_behind_serve=False)
     await publish(services)
     types = step_types(inference, JsonSchemas(), entropy)
     runtime = Runtime(stores.store, types, CelExpressions(), clock, entropy)

@@ -13,6 +13,7 @@ from serve_app.core.errors import ForbiddenError, InvalidRequestError
 from serve_app.core.routing import Candidate, Decision
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import services_of
+from serve_app.ingress.openapi import described
 from serve_app.ingress.views import timestamp
 
 router = APIRouter(prefix="/v1", tags=["hosts"])
@@ -25,6 +26,9 @@ LIST_MAX = 500
     "/hosts/decisions",
     response_model=DecisionList,
     responses=ERRORS,
+    openapi_extra=described(
+        query={"limit": ({"type": "integer", "minimum": 1, "maximum": LIST_MAX}, "How many.")}
+    ),
     summary="Why requests went where they went",
 )
 async def list_decisions(request: Request) -> Response:

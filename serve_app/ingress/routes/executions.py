@@ -38,6 +38,7 @@ from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import read_json, validate
 from serve_app.ingress.idempotency import body_hash, idempotency_key
+from serve_app.ingress.openapi import IDEMPOTENCY_KEY, LAST_EVENT_ID, SSE, described
 from serve_app.ingress.views import (
     KEEP_ALIVE,
     item_view,
@@ -55,26 +56,19 @@ LIST_DEFAULT = 50
 LIST_MAX = 200
 SIGN_OF_LIFE_S = 0.5  # a caller that went away is noticed so soon; the end must come within 2 s
 _SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-_EXECUTE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": ExecuteRequest.model_json_schema(
-                    by_alias=True, ref_template="#/components/schemas/{model}"
-                ),
-                "example": {"workflowId": "test-echo", "input": {"message": "hello world"}},
-            }
-        },
-    }
-}
+_EXECUTE = described(
+    ExecuteRequest,
+    example={"workflowId": "test-echo", "input": {"message": "hello world"}},
+    headers=(IDEMPOTENCY_KEY,),
+)
+_STARTED = {"X-Execution-Id": {"$ref": "#/components/headers/X-Execution-Id"}}
 
 
 @router.post(
     "/execute",
     response_model=ExecutionResult,
-    responses=ERRORS,
-    openapi_extra=_EXECUTE_BODY,
+    responses={**ERRORS, 200: {"headers": _STARTED}},
+    openapi_extra=_EXECUTE,
     summary="Run a workflow and wait for its result",
 )
 async def execute(request: Request) -> Response:
@@ -102,8 +96,8 @@ async def execute(request: Request) -> Response:
     "/execute/async",
     status_code=202,
     response_model=ExecutionInfo,
-    responses=ERRORS,
-    openapi_extra=_EXECUTE_BODY,
+    responses={**ERRORS, 202: {"headers": _STARTED}},
+    openapi_extra=_EXECUTE,
     summary="Start a workflow and return its id",
 )
 async def execute_async(request: Request) -> Response:
@@ -117,8 +111,8 @@ async def execute_async(request: Request) -> Response:
 @router.post(
     "/execute/stream",
     response_class=StreamingResponse,
-    responses=ERRORS,
-    openapi_extra=_EXECUTE_BODY,
+    responses={**ERRORS, 200: {**SSE, "headers": _STARTED}},
+    openapi_extra=_EXECUTE,
     summary="Run a workflow and stream its events",
 )
 async def execute_stream(request: Request) -> Response:
@@ -156,7 +150,15 @@ async def get_execution(request: Request, execution_id: str) -> Response:
 @router.get(
     "/executions/{execution_id}/stream",
     response_class=StreamingResponse,
-    responses={**ERRORS, 204: {"description": "Ended before this cursor: do not reconnect"}},
+    responses={
+        **ERRORS,
+        200: {**SSE, "headers": _STARTED},
+        204: {"description": "Ended before this cursor: do not reconnect"},
+    },
+    openapi_extra=described(
+        headers=(LAST_EVENT_ID,),
+        query={"after": ({"type": "string", "pattern": "^[0-9]{1,15}$"}, "As `Last-Event-ID`.")},
+    ),
     summary="Follow an execution from the start or from a cursor",
 )
 async def stream_execution(request: Request, execution_id: str) -> Response:
@@ -193,6 +195,14 @@ async def cancel_execution(request: Request, execution_id: str) -> Response:
     "/executions",
     response_model=ExecutionList,
     responses=ERRORS,
+    openapi_extra=described(
+        query={
+            "workflowId": ({"type": "string"}, "Of this workflow alone."),
+            "status": ({"type": "string", "enum": list(Status)}, "In this status alone."),
+            "cursor": ({"type": "string"}, "`nextCursor` of the page before."),
+            "limit": ({"type": "integer", "minimum": 1, "maximum": LIST_MAX}, "Items on a page."),
+        }
+    ),
     summary="Executions of the workspace, newest first",
 )
 async def list_executions(request: Request) -> Response:
@@ -211,6 +221,10 @@ async def list_executions(request: Request) -> Response:
     status_code=202,
     response_model=ExecutionInfo,
     responses=ERRORS,
+    openapi_extra=described(
+        headers=(IDEMPOTENCY_KEY,),
+        query={"fromStep": ({"type": "string"}, "Keep the results of the steps before it.")},
+    ),
     summary="Run an ended execution again as a new one",
 )
 async def retry_execution(request: Request, execution_id: str) -> Response:

@@ -16,7 +16,12 @@ def _plain(value: object) -> object:
     return dict(value)  # type: ignore[call-overload]
 
 
-@router.get("/v1/health", response_model=HealthStatus, summary="What is up and what is not")
+@router.get(
+    "/v1/health",
+    response_model=HealthStatus,
+    responses={503: {"model": HealthStatus, "description": "Something needed is not up"}},
+    summary="What is up and what is not",
+)
 @router.get("/health", response_model=HealthStatus, include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 when everything needed is up, 503 otherwise."""

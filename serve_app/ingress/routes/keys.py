@@ -32,6 +32,7 @@ from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import read_json, validate
 from serve_app.ingress.idempotency import answer_once
+from serve_app.ingress.openapi import IDEMPOTENCY_KEY, described
 from serve_app.ingress.views import timestamp
 from serve_app.ports import Clock
 
@@ -42,7 +43,21 @@ TOKEN_WINDOW_MS = 60_000  # of a bare number of tokens, where no other window is
 
 
 @router.post(
-    "/keys", status_code=201, response_model=KeyView, responses=ERRORS, summary="Make a key"
+    "/keys",
+    status_code=201,
+    response_model=KeyView,
+    responses=ERRORS,
+    openapi_extra=described(
+        KeyRequest,
+        example={
+            "name": "nightly job",
+            "scopes": ["execute"],
+            "rateLimit": {"requests": 100, "window": "60s"},
+            "tokenLimit": {"tokens": 200_000, "window": "1d"},
+        },
+        headers=(IDEMPOTENCY_KEY,),
+    ),
+    summary="Make a key",
 )
 async def create_key(request: Request) -> Response:
     """In the caller's own workspace; the key is shown here and never again."""
@@ -87,6 +102,7 @@ async def revoke_key(request: Request, key_id: str) -> Response:
     status_code=201,
     response_model=WorkspaceView,
     responses=ERRORS,
+    openapi_extra=described(WorkspaceRequest, example={"id": "team-a"}, headers=(IDEMPOTENCY_KEY,)),
     summary="Make a workspace and its first admin key",
 )
 async def create_workspace(request: Request) -> Response:

@@ -17,6 +17,7 @@ from serve_app.ingress.answers import ERRORS
 from serve_app.ingress.app import services_of
 from serve_app.ingress.bodies import read_json, validate
 from serve_app.ingress.idempotency import answer_once
+from serve_app.ingress.openapi import IDEMPOTENCY_KEY, described
 from serve_app.ingress.views import timestamp
 
 router = APIRouter(prefix="/v1", tags=["keys"])
@@ -30,6 +31,11 @@ TTL_DEFAULT_S = 300
     status_code=201,
     response_model=StreamTokenView,
     responses=ERRORS,
+    openapi_extra=described(
+        StreamTokenRequest,
+        example={"resource": "/stream/user/u1", "ttl": 300},
+        headers=(IDEMPOTENCY_KEY,),
+    ),
     summary="A short-lived token for one stream",
 )
 async def create_stream_token(request: Request) -> Response:

@@ -15,6 +15,7 @@ from serve_app.core.errors import InvalidRequestError, Problem
 from serve_app.core.usage import GroupBy, UsageRow, day_of, grouped, total
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import services_of
+from serve_app.ingress.openapi import described
 from serve_app.ingress.views import usage_view
 
 router = APIRouter(prefix="/v1", tags=["usage"])
@@ -24,7 +25,22 @@ DAYS_MAX = 366
 FIRST_DAY, LAST_DAY = date(2000, 1, 1), date(2999, 12, 31)  # what one can count back and on from
 
 
-@router.get("/usage", response_model=UsageReport, responses=ERRORS, summary="Tokens used")
+_DAY = {"type": "string", "format": "date"}
+
+
+@router.get(
+    "/usage",
+    response_model=UsageReport,
+    responses=ERRORS,
+    openapi_extra=described(
+        query={
+            "from": (_DAY, "First day, UTC; a time counts as its day."),
+            "to": (_DAY, "Last day, included; today, if left out."),
+            "groupBy": ({"type": "string", "enum": list(GroupBy)}, "What an item is for."),
+        }
+    ),
+    summary="Tokens used",
+)
 async def get_usage(request: Request) -> Response:
     """`?from=&to=&groupBy=`; without them the last 30 days by workflow."""
     services = services_of(request)

@@ -23,17 +23,19 @@ from serve_app.core.workflow import Workflow
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json, read_body
+from serve_app.ingress.openapi import described
 from serve_app.ingress.views import timestamp
 
 router = APIRouter(prefix="/v1/workflows", tags=["workflows"])
 
 DEFINITION_BYTES_MAX = 256 * 1024  # YAML is slow to read; the largest sensible one has some 50 KiB
 _YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
+_EXAMPLE = {"steps": [{"id": "say", "transform": {"greeting": "Hello {{ input.name }}"}}]}
 _BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            kind: {"schema": {"type": "object"}}
+            kind: {"schema": {"type": "object"}, "example": _EXAMPLE}
             for kind in ("application/json", "application/yaml")
         },
     }
@@ -71,7 +73,15 @@ async def list_workflows(request: Request) -> Response:
     return json_response({"items": items, "nextCursor": None})
 
 
-@router.get("/{workflow_id}", response_model=WorkflowView, responses=ERRORS, summary="A definition")
+@router.get(
+    "/{workflow_id}",
+    response_model=WorkflowView,
+    responses=ERRORS,
+    openapi_extra=described(
+        query={"version": ({"type": "integer", "minimum": 1}, "The latest, if left out.")}
+    ),
+    summary="A definition",
+)
 async def get_workflow(request: Request, workflow_id: str) -> Response:
     """The latest version, or `?version=`."""
     services = services_of(request)
