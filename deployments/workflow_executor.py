@@ -52,7 +52,8 @@ class WorkflowExecutor:
         self._link = TcpTokenLink(
             settings.cluster_secret.get_secret_value().encode(), self._clock, entropy
         )
-        types = step_types(Inference(ServeAdmission(router), self._link), JsonSchemas(), entropy)
+        inference = Inference(ServeAdmission(router), self._link, self._clock)
+        types = step_types(inference, JsonSchemas(), entropy)
         runtime = Runtime(self._stores.store, types, CelExpressions(), self._clock, entropy)
         self._peers = TcpPeers(host, self._clock)
         port = await self._peers.listen()

@@ -179,6 +179,7 @@ def call_start(stream_id: int, grant: Grant, request: GenerationRequest) -> Item
         request.engine_options,
         request.tenant,
         request.session,
+        request.resume_ids,
     ]
     return [Call.START, stream_id, astuple(grant), request.request_id, messages, settings]
 
@@ -192,7 +193,8 @@ def read_start(item: Item) -> tuple[int, Grant, GenerationRequest]:
     try:
         _, stream_id, grant, request_id, messages, settings = item
         model, max_tokens, temperature, top_p, stop, seed, schema, *rest = settings
-        deadline_ms, priority, prompt_token_ids, engine_options, tenant, session = rest
+        deadline_ms, priority, prompt_token_ids, engine_options, *rest = rest
+        tenant, session, resume_ids = rest
         request = GenerationRequest(
             request_id=request_id,
             messages=tuple(Message(*message) for message in messages),
@@ -209,6 +211,7 @@ def read_start(item: Item) -> tuple[int, Grant, GenerationRequest]:
             engine_options=engine_options,
             tenant=tenant,
             session=session,
+            resume_ids=tuple(resume_ids),
         )
         return stream_id, Grant(*grant), request
     except (TypeError, ValueError) as error:

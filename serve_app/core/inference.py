@@ -87,6 +87,8 @@ class GenerationRequest:
             the request (`cache_salt`, `reasoning_ended`, `reasoning_parser_kwargs`). An empty
             mapping asks for nothing but text.
         tenant: whose work it is (a workspace, or one of its users), for fair shares and budgets.
+        resume_ids: tokens of the answer that were made elsewhere: the engine goes on behind them,
+            and neither repeats them nor their text.
         session: turns of one session go to the replica that holds its KV cache; empty: none.
     """
 
@@ -103,6 +105,7 @@ class GenerationRequest:
     priority: int = 0
     tenant: str = ""
     session: str = ""
+    resume_ids: tuple[int, ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
     engine_options: Mapping[str, JsonValue] = field(default_factory=dict)
 
@@ -133,6 +136,13 @@ class ChunkDetails:
         )
 
 
+class Resumed(StrEnum):
+    """How an answer went on after its replica was lost."""
+
+    EXACT = "exact"  # as if nothing had happened, up to the engine's numerics
+    APPROXIMATE = "approximate"  # plausibly: it was sampled without a seed, or a replay differed
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """What arrived since the last chunk of the same answer.
@@ -143,6 +153,7 @@ class Chunk:
         finish_reason: set on the last chunk only.
         usage: so far; set on the first chunk and on the last.
         details: log probabilities and the like; None, the common case, where there are none.
+        resumed: set once the answer went on at another replica; None, the common case, before.
     """
 
     text: str
@@ -150,6 +161,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     details: ChunkDetails | None = None
+    resumed: Resumed | None = None
 
 
 @dataclass(frozen=True, slots=True)
