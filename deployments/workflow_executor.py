@@ -52,7 +52,9 @@ class WorkflowExecutor:
         self._link = TcpTokenLink(
             settings.cluster_secret.get_secret_value().encode(), self._clock, entropy
         )
-        inference = Inference(ServeAdmission(router), self._link, self._clock)
+        inference = Inference(
+            ServeAdmission(router), self._link, self._clock, settings.resume_wait_s
+        )
         types = step_types(inference, JsonSchemas(), entropy)
         runtime = Runtime(self._stores.store, types, CelExpressions(), self._clock, entropy)
         self._peers = TcpPeers(host, self._clock)

@@ -185,6 +185,11 @@ class Settings(BaseSettings):
     engine_stall_s: float = Field(
         60.0, gt=1, description="No engine step for so long while requests run: the engine is ill."
     )
+    resume_wait_s: float = Field(
+        90.0,
+        ge=0,
+        description="How long an answer whose replica was lost waits for another to go on.",
+    )
     region: str = Field("", description="Where the model replicas of this configuration run.")
     stake: str = Field(
         "0",

@@ -206,7 +206,10 @@ class VllmEngine:
             generation.enter(made)
             # Private, but `add_request` would make a queue of its own (see the module's text).
             self._llm._run_output_handler()  # noqa: SLF001
-            await self._llm._add_request(made, None, None, 0, generation)  # noqa: SLF001
+            if generation.request.resume_ids:
+                await self._add_continued(made, generation)
+            else:
+                await self._llm._add_request(made, None, None, 0, generation)  # noqa: SLF001
         except ServeAppError as error:
             generation.end(error)
         except Exception:
@@ -218,6 +221,21 @@ class VllmEngine:
             if generation.is_in_engine:
                 # vLLM registers a request before it sends it, so half of it may be there.
                 await self._llm.abort(generation.internal_id, internal=True)
+
+    async def _add_continued(self, made: Any, generation: Generation) -> None:
+        """Have the core go on behind tokens that the front end takes for its own.
+
+        The detokenizer is given them as output, so that half a character, a stop string's first
+        letters and the limit of tokens are where they were at the other replica.
+        """
+        resume_ids = generation.request.resume_ids
+        core = self._prompts.continued(made, resume_ids)
+        front = self._llm.output_processor
+        front.add_request(made, None, None, 0, generation)
+        detokenizer = front.request_states[made.request_id].detokenizer
+        detokenizer.update(list(resume_ids), stop_terminated=False)
+        detokenizer.get_next_output_text(finished=False, delta=True)
+        await self._llm.engine_core.add_request_async(core)
 
     async def _prepare(self, request: GenerationRequest) -> Any:
         self._prompts.check(request)
@@ -279,6 +297,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "enforce_eager": settings.enforce_eager,
         "dtype": settings.dtype,
         "max_num_seqs": settings.max_num_seqs,
+        "scheduler_cls": "serve_app.adapters.vllm_scheduler.scheduler",
         "scheduling_policy": "priority",  # equal priorities are served in order of arrival
         "disable_log_stats": True,  # its Prometheus numbers cost CPU per token; we count steps
         # Without it a small model fills its answer with white space up to max_tokens.

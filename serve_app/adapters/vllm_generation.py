@@ -40,7 +40,7 @@ class Generation:
         self.request = request
         self.internal_id = ""
         self.is_in_engine = False
-        self.token_count = 0
+        self.token_count = len(request.resume_ids)
         self.deadline: asyncio.TimerHandle | None = None
         self.preparation: asyncio.Task[None] | None = None
         self.verdict: ServeAppError | None = None  # what a stopped generation ends with
@@ -94,7 +94,7 @@ class Generation:
         """Tokens that the engine has still to work on, as far as one can tell."""
         limit = self.request.max_tokens or EXPECTED_TOKENS
         rest = max(0, limit - self.token_count)
-        if self.token_count:
+        if self.token_count > len(self.request.resume_ids):
             return rest
         prompt_tokens = self._prompt_token_count or len(self.request.prompt_token_ids)
         return rest + (prompt_tokens or chars_of(self.request) // CHARS_PER_TOKEN)

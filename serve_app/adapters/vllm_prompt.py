@@ -5,13 +5,15 @@ Owns the mapping and the words of its refusals. Runs nothing and holds no reques
 its own.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from serve_app.adapters.vllm_sampling import ENGINE_LEVEL, sampling_arguments
 from serve_app.core.errors import InvalidPromptError, ModelNotAvailableError
 from serve_app.core.inference import GenerationRequest
 
+RESUME_IDS = "inferpipe_resume_ids"  # in `SamplingParams.extra_args`; vllm_scheduler reads it
 TASKS = ("generate",)  # what the engine is asked for; process_inputs wants to be told
 
 
@@ -67,7 +69,7 @@ class PromptMaker:
         """
         token_ids = list(request.prompt_token_ids) or self._token_ids(request, tokenizer)
         room = self.context_max - len(token_ids)
-        if room < 1:
+        if room < 1 + len(request.resume_ids):
             raise InvalidPromptError(self._too_long(len(token_ids)))
         options = request.engine_options
         try:
@@ -87,6 +89,21 @@ class PromptMaker:
             if name in options:
                 setattr(made, name, options[name])
         return made
+
+    def continued(self, made: Any, resume_ids: Sequence[int]) -> Any:
+        """What the engine's core takes of a request whose first tokens were made elsewhere.
+
+        The front end keeps `made`, as if the tokens had come from its own core.
+        """
+        count = len(resume_ids)
+        core = copy.copy(made)
+        core.prompt_token_ids = [*made.prompt_token_ids, *resume_ids]
+        sampling = made.sampling_params.clone()
+        sampling.max_tokens -= count
+        sampling.min_tokens = max(0, sampling.min_tokens - count)
+        sampling.extra_args = {**(sampling.extra_args or {}), RESUME_IDS: list(resume_ids)}
+        core.sampling_params = sampling
+        return core
 
     def _too_long(self, token_count: int) -> str:
         return (
@@ -113,6 +130,8 @@ class PromptMaker:
         classes = self._vllm.sampling_params
         further = sampling_arguments(request.engine_options, classes)
         further.setdefault("structured_outputs", self._grammar(request))
+        if request.resume_ids:
+            further.pop("prompt_logprobs", None)  # they were told with the first tokens
         return self._vllm.SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from serve_app.core.errors import ConnectionFailedError
 from serve_app.core.inference import (
+    NO_USAGE,
     Chunk,
     ChunkDetails,
     FinishReason,
@@ -62,7 +63,7 @@ class Answer:
     request: GenerationRequest
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
     attempt_count: int = 0
     _is_resumed: bool = False
     _is_approximate: bool = False
@@ -123,9 +124,7 @@ class Answer:
     def _named(self) -> GenerationRequest:
         if self.attempt_count == 1:
             return self.request
-        return replace(
-            self.request, request_id=f"{self.request.request_id}~{self.attempt_count}"
-        )
+        return replace(self.request, request_id=f"{self.request.request_id}~{self.attempt_count}")
 
     def _is_continued_exactly(self) -> bool:
         # At the limit, with text held back for a stop string, there is nothing to continue.

@@ -8,6 +8,7 @@ down to the engine; a lost replica is seen by nobody who does not look at `Chunk
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from serve_app.core.errors import (
     ConnectionFailedError,
@@ -30,8 +31,7 @@ from serve_app.core.routing import Decision
 from serve_app.ports import Admission, Clock, TokenLink
 
 COMPLETION_TOKENS_GUESS = 256  # of a request that names no max_tokens
-FRUITLESS_MAX = 5  # attempts in a row that brought no token
-RESUME_WAIT_S = 90.0  # for a replica: one that was killed is back in half of it, on a CPU too
+VICTIMS_MAX = 3  # replicas lost in a row under one request: the request may be what kills them
 RESUME_POLL_MIN_S = 0.05
 RESUME_POLL_MAX_S = 0.5
 
@@ -42,7 +42,8 @@ class Inference:
     """Generation, wherever the router finds room, past the loss of replicas.
 
     Args:
-        resume_wait_s: how long an answer that lost its replica waits for another.
+        resume_wait_s: how long an answer that lost its replica waits for another, from one token
+            to the next.
     """
 
     def __init__(
@@ -50,8 +51,7 @@ class Inference:
         admission: Admission,
         link: TokenLink,
         clock: Clock,
-        *,
-        resume_wait_s: float = RESUME_WAIT_S,
+        resume_wait_s: float,
     ) -> None:
         self._admission = admission
         self._link = link
@@ -73,14 +73,14 @@ class Inference:
             ServeAppError: what the engine answered.
         """
         answer = Answer(request)
-        lost: list[str] = []
-        fruitless = 0
-        while fruitless < FRUITLESS_MAX:
-            if answer.is_complete:
-                yield answer.end()
-                return
+        patience = _Patience(self._clock, request.deadline_ms, self._resume_wait_s)
+        lost: list[str] = []  # not to be chosen again, while there are others
+        while not answer.is_complete:
             asked = answer.next_request()
-            grant = await self._admit(asked, placement, lost)
+            if answer.attempt_count == 1:
+                grant = await self._admission.admit(admit_request(asked, placement))
+            else:
+                grant = await self._admit_again(asked, placement, lost, patience)
             known = len(answer.token_ids)
             try:
                 async with aclosing(self._link.generate(grant, asked)) as chunks:
@@ -90,43 +90,77 @@ class Inference:
                             yield fresh
             except ConnectionFailedError as error:
                 _note(request, grant, answer, str(error))
+                if len(answer.token_ids) > known:
+                    patience.renew()
+                patience.count(grant.replica_id, error)
                 lost.append(grant.replica_id)
+                placement = replace(placement, host="")  # it is gone; the answer is not
             except DivergedError:
                 _note(request, grant, answer, "the replay differed")
                 answer.diverged()
             else:
                 return
-            fruitless = 0 if len(answer.token_ids) > known else fruitless + 1
-        raise ConnectionFailedError(f"{fruitless} replicas were lost in a row")
+        yield answer.end()
 
     async def decisions(self, limit: int) -> Sequence[Decision]:
         """See `ports.Admission`."""
         return await self._admission.decisions(limit)
 
-    async def _admit(
-        self, request: GenerationRequest, placement: Placement, lost: list[str]
+    async def _admit_again(
+        self,
+        request: GenerationRequest,
+        placement: Placement,
+        lost: list[str],
+        patience: "_Patience",
     ) -> Grant:
-        """A grant at once, or, once a replica was lost, as soon as there is one."""
-        if not lost:
-            return await self._admission.admit(admit_request(request, placement))
-        give_up_s = self._clock.monotonic_s() + self._resume_wait_s
-        delay_s = RESUME_POLL_MIN_S
+        """A grant for the rest of an answer, as soon as there is one."""
+        error: ServeAppError | None = None
         while True:
+            await patience.wait(error)
             try:
                 return await self._admission.admit(admit_request(request, placement, tuple(lost)))
-            except (NoHostsAvailableError, OverloadedError) as error:
-                self._check_patience(request, give_up_s, error)
-            lost.clear()  # where only the link broke, the same replica may be the best there is
-            await self._clock.sleep(delay_s)
-            delay_s = min(2 * delay_s, RESUME_POLL_MAX_S)
+            except (NoHostsAvailableError, OverloadedError) as refusal:
+                error = refusal
+                lost.clear()  # where only the link broke, the same replica may be the best
 
-    def _check_patience(
-        self, request: GenerationRequest, give_up_s: float, error: ServeAppError
-    ) -> None:
-        if request.deadline_ms is not None and self._clock.now_ms() >= request.deadline_ms:
+
+class _Patience:
+    """How long an answer that lost its replica is worth waiting for."""
+
+    def __init__(self, clock: Clock, deadline_ms: int | None, wait_s: float) -> None:
+        self._clock = clock
+        self._deadline_ms = deadline_ms
+        self._wait_s = wait_s
+        self._victims: set[str] = set()
+        self._give_up_s = 0.0
+        self._delay_s = 0.0
+
+    def renew(self) -> None:
+        """A token has come since."""
+        self._victims.clear()
+
+    def count(self, replica_id: str, error: ConnectionFailedError) -> None:
+        """A replica was lost; raises the error when too many were, in a row."""
+        if not self._victims:
+            self._delay_s = 0.0
+            self._give_up_s = self._clock.monotonic_s() + self._wait_s
+        self._victims.add(replica_id)
+        if len(self._victims) >= VICTIMS_MAX:
+            raise error
+
+    async def wait(self, error: ServeAppError | None) -> None:
+        """Nothing the first time after a token, then longer and longer.
+
+        Raises:
+            DeadlineExceededError: the request's deadline is past.
+            ConnectionFailedError: there was time enough.
+        """
+        if self._deadline_ms is not None and self._clock.now_ms() >= self._deadline_ms:
             raise DeadlineExceededError("the deadline passed while no replica was there") from error
-        if self._clock.monotonic_s() >= give_up_s:
+        if self._clock.monotonic_s() >= self._give_up_s:
             raise ConnectionFailedError("the replica was lost and no other has room") from error
+        await self._clock.sleep(self._delay_s)
+        self._delay_s = min(max(2 * self._delay_s, RESUME_POLL_MIN_S), RESUME_POLL_MAX_S)
 
 
 def _note(request: GenerationRequest, grant: Grant, answer: Answer, reason: str) -> None:

@@ -211,6 +211,58 @@ async def test_seeded_answers_repeat_and_other_seeds_differ(engine: VllmEngine) 
     assert ids[0] == ids[1] != ids[2]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_tokens": 40},
+        {"max_tokens": 40, "stop": ("qqqq", "never said")},
+        {"max_tokens": 60, "output_schema": SCHEMA},
+        {"max_tokens": 24, "output_schema": {"type": "array", "items": {"type": "integer"}}},
+        {"max_tokens": 12, "engine_options": {"min_tokens": 12, "logprobs": 1}},
+    ],
+)
+async def test_an_answer_goes_on_behind_tokens_made_elsewhere(
+    engine: VllmEngine, settings: dict[str, object]
+) -> None:
+    whole = await complete(engine, request("whole", **settings))
+    chunks = whole.chunks
+    assert len(chunks) > 4
+    for count in range(1, len(chunks)):
+        known = [token for chunk in chunks[:count] for token in chunk.token_ids]
+        asked = request(f"after-{count}", resume_ids=tuple(known), **settings)
+        rest = await complete(engine, asked)
+        assert known + rest.token_ids == whole.token_ids
+        assert "".join(chunk.text for chunk in chunks[:count]) + rest.text == whole.text
+        assert rest.chunks[-1].finish_reason is chunks[-1].finish_reason
+        usage, expected = rest.chunks[-1].usage, chunks[-1].usage
+        assert usage is not None
+        assert expected is not None
+        assert usage.completion_tokens == expected.completion_tokens
+        assert usage.prompt_tokens == expected.prompt_tokens
+
+
+async def test_a_stop_string_that_began_elsewhere_is_found(engine: VllmEngine) -> None:
+    plain = await complete(engine, request("plain", max_tokens=30))
+    turn = next(n for n in range(2, 20) if plain.text[n - 1] != plain.text[n])
+    stop = plain.text[turn - 1 : turn + 1]
+    whole = await complete(engine, request("whole", max_tokens=30, stop=(stop,)))
+    assert whole.text == plain.text[: plain.text.index(stop)]
+    for count in range(1, len(whole.token_ids)):
+        known = tuple(whole.token_ids[:count])
+        asked = request(f"after-{count}", max_tokens=30, stop=(stop,), resume_ids=known)
+        rest = await complete(engine, asked)
+        assert [*known, *rest.token_ids] == whole.token_ids
+        assert whole.text.endswith(rest.text)
+
+
+async def test_a_grammar_refuses_tokens_that_it_would_not_have_made(engine: VllmEngine) -> None:
+    asked = request("odd", max_tokens=40, output_schema=SCHEMA, resume_ids=(40, 41, 42))
+    with pytest.raises(InvalidPromptError):
+        await complete(engine, asked)
+    await until_idle(engine)
+    assert (await complete(engine, request("next"))).token_ids
+
+
 async def test_seeds_survive_cut_prompts(engine: VllmEngine) -> None:
     """More prompt tokens at once than a step takes, so that vLLM cuts some prompts in two."""
 

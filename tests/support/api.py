@@ -93,7 +93,7 @@ async def running_api(
     )
     clock, entropy = SystemClock(), SystemEntropy()
     stores = connect(settings, clock)
-    inference = inference or Inference(ScriptedPlane(), ScriptedPlane())
+    inference = inference or Inference(ScriptedPlane(), ScriptedPlane(), clock, resume_wait_s=1.0)
     composed = compose(settings, stores, inference, clock, entropy)
     services = replace(composed, is_behind_serve=False)
     await publish(services)

@@ -36,6 +36,7 @@ class ScriptedEngine:
     script: the tokens of the answer to a request; more than `max_tokens` are cut off.
     clock, step_s: pace; without a clock one step per loop turn.
     is_manual: no step but by `step()`.
+    token_id: the id of the token at an index of the answer.
     errors: what a request ends with after so many tokens, by request id.
     """
 
@@ -44,6 +45,7 @@ class ScriptedEngine:
     step_s: float = 0.0
     is_manual: bool = False
     errors: Mapping[str, tuple[int, Exception]] = field(default_factory=dict)
+    token_id: Callable[[int], int] = int
     models: tuple[str, ...] = ("scripted",)
     context_max: int = 4096
     submitted: list[GenerationRequest] = field(default_factory=list)
@@ -68,7 +70,7 @@ class ScriptedEngine:
         tokens = self.script(request)[: request.max_tokens]
         prompt_tokens = sum(len(message.content.split()) for message in request.messages)
         self._running[request.request_id] = _Running(
-            request, emit, tokens, prompt_tokens=prompt_tokens
+            request, emit, tokens, done=len(request.resume_ids), prompt_tokens=prompt_tokens
         )
         self._schedule()
 
@@ -127,7 +129,7 @@ class ScriptedEngine:
             return
         text, token_ids = "", ()
         if running.done < len(running.tokens):
-            text, token_ids = running.tokens[running.done], (running.done,)
+            text, token_ids = running.tokens[running.done], (self.token_id(running.done),)
             running.done += 1
         if running.done < len(running.tokens) or running.done == count:
             running.emit(Chunk(text, token_ids))

@@ -11,6 +11,7 @@ import uvicorn
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+from serve_app.adapters.system import SystemClock
 from serve_app.core.inference import AdmitRequest, Grant
 from serve_app.services.inference import Inference
 from tests.support.api import ADMIN_KEY, Api, running_api
@@ -111,7 +112,7 @@ async def staged(
     """The application over an emptied store; `given` are settings."""
     async with running(engine) as pair:
         router = PairRouter(pair)
-        inference = Inference(router, pair.link)
+        inference = Inference(router, pair.link, SystemClock(), resume_wait_s=0.2)
         async with running_api(url, data_dir, inference, **given) as api:
             config = uvicorn.Config(
                 api.app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"
