@@ -1,5 +1,6 @@
 """The model replica: one engine, its link, and its reports."""
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,18 @@ from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link_server import TokenLinkServer
 from serve_app.adapters.telemetry import configure_logging
 from serve_app.adapters.vllm_engine import EngineSettings, VllmEngine
+from serve_app.core.errors import StoreUnavailableError
 from serve_app.core.inference import ReplicaLoad
-from serve_app.core.routing import ReplicaReport
+from serve_app.core.routing import REPORT_TTL_MS, ReplicaReport
+from serve_app.services.canary import sing
 from serve_app.services.metering import MeteredEngine
 from serve_app.settings import Settings
 
 REPORTS_PER_S = 20  # at the most, where there is news; two without
 LAST_LINES = 15
+DRAIN_S = 5.0  # less than Serve's patience below
+
+logger = logging.getLogger(__name__)
 
 
 @serve.deployment(
@@ -41,12 +47,14 @@ class ModelReplica:
         self._replica_id = f"host-{SystemEntropy().token()[:10]}"
         self._models = (settings.model_name,)
         store = redis_options(settings)
-        announce_start(store, self._report("starting"))
+        announce_start(store, self._report("starting", "loading the model"))
         log_path = settings.data_dir / "logs" / f"engine-{self._replica_id}.log"
         _redirect_output(log_path)
         try:
             measures = EngineMetrics(settings.model_name)
             engine = VllmEngine.start(_engine_settings(settings), self._clock, measures.step_ended)
+            announce_start(store, self._report("starting", "making the first tokens"))
+            await sing(engine)
         except Exception as error:
             detail = f"{_last_lines(log_path)}\n{type(error).__name__}: {error}".strip()
             announce_start(store, self._report("failed", detail))
@@ -77,12 +85,44 @@ class ModelReplica:
 
     async def _report_load(self) -> None:
         while True:
-            report = self._report("ready", load=self._server.load())
-            await self._registry.announce(replace(report, news=self._engine.take_news()))
+            await self._announce("ready")
             for _ in range(REPORTS_PER_S // 2):
                 await self._clock.sleep(1 / REPORTS_PER_S)
                 if self._engine.has_news:
                     break
+
+    async def _announce(self, phase: str) -> None:
+        report = self._report(phase, load=self._server.load())
+        await self._registry.announce(replace(report, news=self._engine.take_news()))
+
+    async def _drain(self) -> None:
+        """Hand the running answers to other replicas; with none to take them, wait a little.
+
+        Whoever is then still there waits for the next replica (`Inference`), so nothing is lost.
+        """
+        await self._background.stop()
+        give_up_s = self._clock.monotonic_s() + DRAIN_S
+        try:
+            await self._announce("draining")
+            while self._server.stream_count and self._clock.monotonic_s() < give_up_s:
+                if await self._has_heir():
+                    break
+                await self._clock.sleep(0.1)
+        except StoreUnavailableError:
+            logger.warning("drained without telling the routers: the store is away")
+        count = self._server.hand_over()
+        await self._clock.sleep(0)  # the last frames leave with this turn of the loop
+        logger.info("drained", extra={"handed_over": count})
+
+    async def _has_heir(self) -> bool:
+        young_ms = self._clock.now_ms() - REPORT_TTL_MS
+        return any(
+            report.phase == "ready"
+            and report.at_ms > young_ms
+            and report.load.models == self._models
+            for report in await self._registry.latest()
+            if report.load.replica_id != self._replica_id
+        )
 
     def _report(
         self, phase: str, detail: str = "", load: ReplicaLoad | None = None
@@ -91,10 +131,10 @@ class ModelReplica:
         return ReplicaReport(present, phase, detail, self._clock.now_ms())
 
     async def __del__(self) -> None:
-        await self._background.stop()
-        await self._registry.withdraw(self._replica_id)
+        await self._drain()
         await self._server.close()
         await self._engine.stop()
+        await self._registry.withdraw(self._replica_id)
         await self._stores.close()
 
 

@@ -83,7 +83,7 @@ async def _until_ready(
         )
         _raise_if_failed(phases)
         status = cluster.status() if starting.done() else "ray: starting"
-        line = ", ".join([status, *(f"engine: {phase.phase}" for phase in phases)])
+        line = ", ".join([status, *(f"engine: {phase.detail or phase.phase}" for phase in phases)])
         if line != shown:
             shown = line
             _say(line)

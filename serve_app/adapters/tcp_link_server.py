@@ -56,6 +56,7 @@ class TokenLinkServer:
         self.settings = settings or LinkSettings()
         self.secret = secret
         self.connections: set[_ServerConnection] = set()
+        self.is_draining = False
         self._replica_id = replica_id
         self._ledger = GrantLedger(secret, replica_id)
         self._host = ""
@@ -86,6 +87,19 @@ class TokenLinkServer:
             connection.break_off("the replica stops")
         if self._server is not None:
             await self._server.wait_closed()
+
+    def hand_over(self) -> int:
+        """Give every stream up, after what it has said, so that its caller goes on elsewhere.
+
+        From here on new requests are refused. Returns how many streams there were.
+        """
+        self.is_draining = True
+        return sum(connection.hand_over() for connection in tuple(self.connections))
+
+    @property
+    def stream_count(self) -> int:
+        """Open streams of all connections."""
+        return sum(len(connection.streams) for connection in self.connections)
 
     def load(self) -> ReplicaLoad:
         """The engine's load, with this replica's name and where its link listens."""
@@ -253,7 +267,17 @@ class _ServerConnection(LinkProtocol):
             self.streams.pop(stream_id, None)
             self._answer_error(stream_id, error)
 
+    def hand_over(self) -> int:
+        """See `TokenLinkServer.hand_over`."""
+        streams, self.streams = tuple(self.streams.values()), {}
+        for stream in streams:
+            self._answer_error(stream.stream_id, ConnectionFailedError("the replica is draining"))
+            self._server.engine.abort(stream.request_id)
+        return len(streams)
+
     def _check_room(self) -> None:
+        if self._server.is_draining:
+            raise ConnectionFailedError("the replica is draining")
         if len(self.streams) >= self.settings.streams_max:
             raise OverloadedError("too many streams on one link")
 

@@ -15,11 +15,12 @@ region. Among equals the better of two drawn is taken, so that routers with equa
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
 from typing import NoReturn
 
+from serve_app.core.ejection import Breaker
 from serve_app.core.errors import ModelNotAvailableError, NoHostsAvailableError
 from serve_app.core.inference import NO_NEWS, AdmitRequest, ReplicaLoad, ReplicaNews
 from serve_app.core.prefix import BLOCK_TOKENS, PrefixIndex
@@ -36,6 +37,7 @@ BOUND = 1.5  # affinity ends where a replica's score is over so many times the m
 BOUND_SLACK_MS = 200.0  # … and so much more: with little to do nobody is overloaded
 EQUAL_MS = 2.0  # scores closer than this, or than a twentieth, are equal
 CANDIDATES_SHOWN = 8
+EJECTED = "ejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ class _Replica:
     """What the router itself knows of a replica."""
 
     index: PrefixIndex
+    breaker: Breaker = field(default_factory=Breaker)
     prefill_tokens: int = 0  # reserved
     decode_tokens: int = 0
 
@@ -141,8 +144,11 @@ class Fleet:
         self.reports[replica_id] = report
         for request_id in report.news.arrived:
             self._release(request_id)
+        known = self._replica(report.load)
+        known.breaker.hear(report.load, report.at_ms)
         for begun in report.news.begun:
-            self._replica(report.load).index.hold(begun.prefix)
+            known.index.hold(begun.prefix)
+            known.breaker.began()
             if begun.session:
                 self._remember(begun.session, replica_id)
         self._forget(report.at_ms)
@@ -172,6 +178,7 @@ class Fleet:
         known.prefill_tokens += uncached
         known.decode_tokens += decode
         known.index.expect(request.prefix)
+        known.breaker.chosen(now_ms)
         if request.session:
             self._remember(request.session, replica_id)
         return choice
@@ -181,15 +188,18 @@ class Fleet:
     ) -> Choice:
         """What `choose` would answer now; reserves nothing."""
         self._lapse(now_ms)
+        self._note_losses(request, now_ms)
         serving = [r for r in self.reports.values() if _serves(r.load, request.model)]
         if not serving:
             _refuse_model(request.model, self.reports.values())
         seen = [self._candidate(report, request, now_ms) for report in serving]
-        open_ones = sorted((one for one in seen if not one.refusal), key=_by_score)
+        # An ejected replica is still better than none.
+        able = [one for one in seen if one.refusal in {"", EJECTED}]
+        open_ones = sorted([one for one in able if not one.refusal] or able, key=_by_score)
         if not open_ones:
             raise NoHostsAvailableError(_no_host(request, seen))
         chosen, reason = _pick(open_ones, self._wish(request), draws)
-        shown = (*open_ones, *(one for one in seen if one.refusal))[:CANDIDATES_SHOWN]
+        shown = (*open_ones, *(one for one in seen if one not in open_ones))[:CANDIDATES_SHOWN]
         return Choice(self.reports[chosen.replica_id].load, reason, chosen, shown)
 
     def learn(self, chosen: Candidate, cached_tokens: int) -> None:
@@ -222,7 +232,18 @@ class Fleet:
             running_count=load.running_count,
         )
         refusal = _refusal(report, candidate, request, now_ms)
-        return Candidate(load.replica_id, refusal=refusal) if refusal else candidate
+        if known.breaker.is_stalled(now_ms):
+            refusal = refusal or "stalled"
+        if refusal:
+            return Candidate(load.replica_id, refusal=refusal)
+        is_shunned = known.breaker.is_shunned(now_ms)
+        return replace(candidate, refusal=EJECTED) if is_shunned else candidate
+
+    def _note_losses(self, request: AdmitRequest, now_ms: int) -> None:
+        for replica_id in request.excluded:
+            known = self._known.get(replica_id)
+            if known is not None:
+                known.breaker.lost(request.request_id, now_ms)
 
     def _wish(self, request: AdmitRequest) -> "_Wish":
         region = request.placement.region

@@ -80,4 +80,7 @@ class Health:
         failed = [r for r in reports if r.phase == "failed" and now_ms - r.at_ms < FAILED_SHOWN_MS]
         if failed:
             return {"status": "failed", "replicas": 0, "detail": failed[-1].detail}
+        starting = [r for r in reports if r.phase == "starting"]
+        if starting:
+            return {"status": "starting", "replicas": 0, "detail": starting[-1].detail}
         return {"status": "starting", "replicas": 0}

@@ -29,15 +29,22 @@ LONG_STEPS = 10
 TERMINAL_STATUSES = frozenset({"completed", "failed", "cancelled"})
 
 
-def generate(step_id: str, max_tokens: int) -> str:
+def generate(step_id: str, max_tokens: int, settings: str = "temperature: 0") -> str:
     return (
         f"  - id: {step_id}\n    generate: "
-        f'{{prompt: "{PROMPT} {step_id}", max_tokens: {max_tokens}, temperature: 0}}\n'
+        f'{{prompt: "{PROMPT} {step_id}", max_tokens: {max_tokens}, {settings}}}\n'
     )
 
 
 WORKFLOWS = {
     "story": "".join(generate(step_id, 60) for step_id in ("one", "two", "three")),
+    "dice": generate("one", 250, "temperature: 1, seed: 11"),
+    "form": generate(
+        "one",
+        400,
+        "temperature: 0, output_schema: {type: array, minItems: 20, maxItems: 20, "
+        "items: {type: string, minLength: 5, maxLength: 9}}",
+    ),
     "saga": "".join(generate(f"s{number}", 400) for number in range(LONG_STEPS)),
     # Three tokens are no JSON: every attempt fails, and it is parked between them.
     "stubborn": (
@@ -61,6 +68,7 @@ class Cluster:
             self.base / "data",
             self.model,
             INFERPIPE_MODEL_NAME="tiny",
+            INFERPIPE_DTYPE="float32",  # so that greedy answers repeat, whatever else is running
             INFERPIPE_WORKFLOWS_DIR=str(self.workflows),
         )
 

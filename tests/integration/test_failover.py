@@ -204,6 +204,35 @@ async def test_a_named_host_that_is_lost_is_replaced() -> None:
     assert reader.token_ids == list(range(TOKENS))
 
 
+async def test_a_draining_replica_hands_its_streams_over() -> None:
+    async with replicas(manual) as fleet:
+        readers = [Reader(fleet, a_request(str(n))) for n in range(6)]
+        tasks = [asyncio.create_task(reader.read()) for reader in readers]
+        await until(lambda: sum(len(r.engine.running) for r in fleet.living.values()) == 6)
+        step(fleet, 3)
+        await until(lambda: all(len(reader.token_ids) == 3 for reader in readers))
+        drained, heir = fleet.living.values()
+        drained.phase = "draining"
+        fleet.report()
+        await until(lambda: fleet.router_knows(drained.replica_id) == "draining")
+        step(fleet)  # said in the same turn as the hand-over, and not lost
+        assert drained.server.hand_over() == 3
+        await until(lambda: len(heir.engine.running) == 6)
+        assert sorted(drained.engine.aborted) == sorted(set(drained.engine.aborted))
+        assert drained.server.stream_count == 0
+        await finish(fleet, *tasks)
+        # One that comes with an old grant is refused in a way that sends it elsewhere.
+        drained.phase = "ready"
+        heir.phase = "draining"
+        fleet.report()
+        late = Reader(fleet, a_request("late"))
+        task = asyncio.create_task(late.read())
+        await until(lambda: len(fleet.admitted) > 13)
+        heir.phase = "ready"
+        await finish(fleet, task)
+    assert all(reader.token_ids == list(range(TOKENS)) for reader in (*readers, late))
+
+
 async def test_patience_ends() -> None:
     async with replicas(manual, count=1, resume_wait_s=0.2) as fleet:
         reader = Reader(fleet, a_request())

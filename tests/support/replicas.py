@@ -81,6 +81,10 @@ class Replicas:
             if not replica.is_silent:
                 self._reports.put_nowait(replica.report(self.clock.now_ms()))
 
+    def router_knows(self, replica_id: str) -> str:
+        """The phase that the router last heard of."""
+        return self.router._fleet.reports[replica_id].phase
+
     async def admit(self, request: AdmitRequest) -> Grant:
         self.admitted.append(request)
         return await self.router.admit(request)

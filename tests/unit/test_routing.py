@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from serve_app.core.ejection import LOSSES_MAX, STALL_MS
 from serve_app.core.errors import ModelNotAvailableError, NoHostsAvailableError
 from serve_app.core.grants import is_signed
 from serve_app.core.inference import AdmitRequest, Begun, Placement, ReplicaLoad, ReplicaNews
@@ -261,6 +262,36 @@ def test_a_replica_that_is_long_gone_is_forgotten(age_ms: int, *, is_known: bool
     fleet = a_fleet(a_report("gone", news=ReplicaNews(begun=(Begun("r", "", PREFIX, 9, 0, 1.0),))))
     fleet.hear(a_report("b", at_ms=NOW + age_ms))
     assert ("gone" in fleet.reports) is is_known
+
+
+def test_an_ejected_replica_is_passed_over_while_there_are_others() -> None:
+    fleet = a_fleet(a_report("a"), a_report("b", 500))
+    for number in range(LOSSES_MAX):
+        request = a_request(f"lost-{number}", excluded=("a",))
+        assert chosen(fleet, request) == "b"
+    choice = fleet.rank(a_request(), NOW)
+    assert choice.load.replica_id == "b"
+    assert [one.refusal for one in choice.candidates] == ["", "ejected"]
+    fleet.hear(a_report("b", phase="draining"))
+    assert chosen(fleet, a_request()) == "a"
+
+
+def test_a_first_token_brings_an_ejected_replica_back() -> None:
+    fleet = a_fleet(a_report("a"), a_report("b", 500))
+    for number in range(LOSSES_MAX):
+        fleet.rank(a_request(f"lost-{number}", excluded=("a",)), NOW)
+    fleet.hear(a_report("a", news=ReplicaNews(begun=(Begun("r", "", (), 1, 0, 1.0),))))
+    assert chosen(fleet, a_request()) == "a"
+
+
+def test_a_stalled_replica_is_not_chosen_even_alone() -> None:
+    later = NOW + STALL_MS
+    fleet = a_fleet(a_report("a", step_count=5, running_count=1))
+    fleet.hear(a_report("a", step_count=5, running_count=1, at_ms=later))
+    with pytest.raises(NoHostsAvailableError, match="1 stalled"):
+        fleet.choose(a_request(), later)
+    fleet.hear(a_report("a", step_count=6, running_count=1, at_ms=later))
+    assert chosen(fleet, a_request(), later) == "a"
 
 
 def test_an_unknown_model_names_those_that_are_there() -> None:
