@@ -6,6 +6,7 @@ Apart from the deployment, so that tests can run the same application without Ra
 from importlib.metadata import version
 
 from deployments.definitions import catalog_of, publish_definitions
+from deployments.webhooks import webhooks_of
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.metrics import ProcessMetrics
 from serve_app.adapters.redis_bells import RedisBells, ingress_channels
@@ -74,6 +75,7 @@ def compose(
         idempotency=RedisIdempotency(stores.calls),
         usage=usage,
         limits=limits,
+        webhooks=webhooks_of(settings, stores.calls, clock, entropy),
         authenticator=Authenticator(keys, limits, clock, settings),
         inference=inference,
         request_metrics=ProcessMetrics(),

@@ -11,6 +11,7 @@ from ray import serve
 from deployments.addresses import own_address
 from deployments.background import Background
 from deployments.definitions import catalog_of
+from deployments.webhooks import endings_of
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
@@ -56,7 +57,14 @@ class WorkflowExecutor:
             ServeAdmission(router), self._link, self._clock, settings.resume_wait_s
         )
         types = step_types(inference, JsonSchemas(), entropy)
-        runtime = Runtime(self._stores.store, types, CelExpressions(), self._clock, entropy)
+        runtime = Runtime(
+            self._stores.store,
+            types,
+            CelExpressions(),
+            self._clock,
+            entropy,
+            endings_of(settings, self._stores.calls, self._clock).outgoing,
+        )
         self._peers = TcpPeers(host, self._clock)
         port = await self._peers.listen()
         # The id names where its peers can feel its pulse, so no directory has to.

@@ -47,7 +47,11 @@ class WebhookPatch(RequestModel):
 
 
 class WebhookView(WireModel):
-    """An endpoint; `secret` only in the answer that made it."""
+    """An endpoint; `secret` only in the answer that made it.
+
+    `disabled_reason` says why the service disabled it by itself: it answered 410, or failed for
+    days. Header values are shown to admin keys alone.
+    """
 
     id: str
     url: str
@@ -57,6 +61,7 @@ class WebhookView(WireModel):
     description: str | None = None
     headers: dict[str, str] = Field(default_factory=dict)
     enabled: bool = True
+    disabled_reason: str | None = None
     created_at: Timestamp | None = None
     secret: str | None = None
 
@@ -81,12 +86,13 @@ class WebhookSecret(WireModel):
 
 
 class DeliveryAttempt(WireModel):
-    """One try: the answer's status, or why there was none."""
+    """One try: the answer's status and first bytes, or why there was none."""
 
     at: Timestamp
     status: int | None = None
     latency_ms: float | None = None
     error: str | None = None
+    answer: str | None = None
 
 
 class DeliveryView(WireModel):
@@ -95,9 +101,11 @@ class DeliveryView(WireModel):
     id: str
     webhook_id: str
     event_id: str
+    event_type: str | None = None
     status: Literal["pending", "delivered", "failed", "dead"]
     attempts: list[DeliveryAttempt] = Field(default_factory=list)
     next_attempt_at: Timestamp | None = None
+    created_at: Timestamp | None = None
 
 
 class DeliveryList(WireModel):

@@ -11,6 +11,7 @@ from ray.serve import Application, Deployment
 from deployments.ingress import Ingress
 from deployments.model_replica import ModelReplica
 from deployments.router import RouterDeployment
+from deployments.webhook_dispatcher import WebhookDispatcher
 from deployments.workflow_executor import WorkflowExecutor
 from serve_app.settings import Settings
 
@@ -37,6 +38,12 @@ def build_app(settings: Settings) -> Application:
         .bind(settings, router)
     )
     deployed = [executor]
+    if settings.dispatcher_replicas:
+        deployed.append(
+            _deployment(WebhookDispatcher)
+            .options(num_replicas=settings.dispatcher_replicas)
+            .bind(settings)
+        )
     if settings.model_replicas:
         # First in the list: the engine takes longest to start.
         engine = (

@@ -22,6 +22,14 @@ from enum import StrEnum
 from typing import Protocol
 
 from serve_app.core.auth import KeyRecord, Principal
+from serve_app.core.delivery import (
+    Attempt,
+    ClaimedDelivery,
+    Delivery,
+    DeliveryStatus,
+    EndpointHealth,
+    Verdict,
+)
 from serve_app.core.errors import Problem
 from serve_app.core.execution import Execution, ExecutionCreated
 from serve_app.core.inference import (
@@ -46,6 +54,7 @@ from serve_app.core.limits import Limits, Standing
 from serve_app.core.routing import Decision, ReplicaReport
 from serve_app.core.session import Session, SessionLimits, SessionMessage
 from serve_app.core.usage import Spending, UsageRow
+from serve_app.core.webhooks import Webhook
 from serve_app.core.workflow import Workflow
 
 
@@ -609,4 +618,151 @@ class KeyRing(Protocol):
 
     async def workspaces(self) -> Mapping[str, tuple[str, int]]:
         """Name and creation time (Unix ms) by id."""
+        ...
+
+
+class Vault(Protocol):
+    """Seals what must not stand in the store in the clear."""
+
+    def seal(self, data: bytes, context: str) -> str:
+        """Encrypted for this context: it opens for no other."""
+        ...
+
+    def open(self, sealed: str, context: str) -> bytes:
+        """What was sealed.
+
+        Raises:
+            SealBrokenError: of another context or cluster secret, or changed.
+        """
+        ...
+
+
+class WebhookStore(Protocol):
+    """Endpoints by workspace."""
+
+    async def put(self, webhook: Webhook, count_max: int) -> bool:
+        """Store a webhook whose `revision` is that of its last reading, 0 for a new one.
+
+        False: it was changed or deleted meanwhile.
+
+        Raises:
+            TooManyWebhooksError: it is new, and the workspace has `count_max` already.
+        """
+        ...
+
+    async def all(self, workspace: str) -> Sequence[Webhook]:
+        """The present ones, oldest first."""
+        ...
+
+    async def known(self, workspace: str, not_before_ms: int = 0) -> Sequence[Webhook]:
+        """As `all`, perhaps a second old, but never as of a moment before `not_before_ms`."""
+        ...
+
+    async def remove(self, workspace: str, webhook_id: str) -> bool:
+        """Delete one; whether it was there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimLimits:
+    """What a claim goes by.
+
+    Args:
+        lease_ttl_ms: without a claim for so long, what a dispatcher holds goes to others.
+        window_max: deliveries under way to one endpoint at once, when it answers well.
+        backlog_max: deliveries that may wait for one endpoint; beyond it they are dead at once.
+        retention_ms: how long an ended delivery is kept.
+    """
+
+    lease_ttl_ms: int
+    window_max: int
+    backlog_max: int
+    retention_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedBatch:
+    """Deliveries to send now; `next_in_ms` until there may be more, None: until it is told."""
+
+    deliveries: tuple[ClaimedDelivery, ...]
+    next_in_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The endpoint afterwards; `next_in_ms` as in `ClaimedBatch`."""
+
+    health: EndpointHealth
+    now_ms: int
+    next_in_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryQuery:
+    """Which deliveries of an endpoint to list, newest first.
+
+    Args:
+        before: (created Unix ms, id) of the last one seen; None: from `to_ms`, or the newest.
+    """
+
+    webhook_id: str
+    status: DeliveryStatus | None = None
+    from_ms: int | None = None
+    to_ms: int | None = None
+    before: tuple[int, str] | None = None
+    limit: int = 50
+
+
+class DeliveryQueue(Protocol):
+    """Deliveries, durable when a call returns; each endpoint has a queue of its own."""
+
+    @property
+    def partition_count(self) -> int:
+        """Fixed per cluster."""
+        ...
+
+    async def claim(
+        self, partition: int, dispatcher_id: str, limit: int, limits: ClaimLimits
+    ) -> ClaimedBatch:
+        """Lease up to `limit` due deliveries, fairly over endpoints, and renew the own lease."""
+        ...
+
+    async def record(
+        self, dispatcher_id: str, claimed: ClaimedDelivery, verdict: Verdict, attempt: Attempt
+    ) -> Recorded | None:
+        """Note a try and what follows from it; None: the lease was lost, nothing was noted."""
+        ...
+
+    async def drop(self, dispatcher_id: str, claimed: ClaimedDelivery, attempt: Attempt) -> None:
+        """Note that it will not be sent, whatever the endpoint's health: it is dead."""
+        ...
+
+    async def pause(self, webhook_id: str, for_ms: int) -> None:
+        """Send nothing to an endpoint for a while."""
+        ...
+
+    async def release(self, partition: int, dispatcher_id: str) -> int:
+        """Give back what a dispatcher holds; how many."""
+        ...
+
+    async def accept(self, outgoing: Outgoing) -> bool:
+        """Put one in, as the relay does; whether it was new."""
+        ...
+
+    async def replay(self, workspace: str, delivery_id: str) -> bool | None:
+        """Send again as if new; False: it is being sent now; None: there is none."""
+        ...
+
+    async def delivery(self, delivery_id: str) -> Delivery | None:
+        """One delivery."""
+        ...
+
+    async def deliveries(
+        self, wanted: DeliveryQuery
+    ) -> tuple[Sequence[Delivery], tuple[int, str] | None]:
+        """A page, and where the next one begins; None: there is none."""
+        ...
+
+    async def forget(self, webhook_id: str) -> None:
+        """Delete all deliveries of an endpoint."""
         ...

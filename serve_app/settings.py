@@ -166,6 +166,38 @@ class Settings(BaseSettings):
     )
     heartbeat_ms: int = Field(500, ge=20, description="How often an executor shows it lives.")
 
+    dispatcher_replicas: int = Field(1, ge=0, description="Webhook dispatchers; 0: none is sent.")
+    webhooks_max: int = Field(64, ge=1, le=1000, description="Webhooks in one workspace.")
+    webhook_timeout_s: float = Field(
+        15.0, gt=0, le=60, description="For a receiver's whole answer; a later 2xx is a failure."
+    )
+    webhook_retry_s: Annotated[tuple[float, ...], NoDecode] = Field(
+        (5, 30, 120, 600, 1800, 7200, 21600, 43200),
+        description="Seconds before each further try of a delivery (±20 %), comma-separated; then "
+        "it is dead.",
+    )
+    webhook_inflight_max: int = Field(
+        256, ge=1, le=1000, description="Deliveries one dispatcher sends at once."
+    )
+    webhook_endpoint_inflight_max: int = Field(
+        16, ge=1, description="Deliveries to one endpoint at once, while it answers well."
+    )
+    webhook_backlog_max: int = Field(
+        200_000, ge=1, description="Deliveries that wait for one endpoint; more are dead at once."
+    )
+    webhook_retention_s: int = Field(
+        3 * 86400, ge=60, description="How long an ended delivery can be seen and replayed."
+    )
+    webhook_disable_after_s: int = Field(
+        5 * 86400, ge=60, description="An endpoint that only failed for so long is disabled."
+    )
+    webhook_output_max_bytes: int = Field(
+        256 * 1024, ge=0, description="A larger output is left out of deliveries: `outputUrl`."
+    )
+    webhook_lease_ms: int = Field(
+        5_000, ge=500, description="A dispatcher silent for so long loses what it was sending."
+    )
+
     model: str = Field(
         "", description="A model directory or hub name; none: the bundled SmolLM2-135M-Instruct."
     )
@@ -216,7 +248,7 @@ class Settings(BaseSettings):
         parse_networks(networks)
         return networks
 
-    @field_validator("cors_origins", "egress_allow", mode="before")
+    @field_validator("cors_origins", "egress_allow", "webhook_retry_s", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

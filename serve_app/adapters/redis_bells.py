@@ -14,7 +14,14 @@ from serve_app.adapters.redis_nodes import RedisNodes
 from serve_app.adapters.redis_store import partition_key
 from serve_app.adapters.redis_subscription import Message, RedisSubscription
 from serve_app.core.execution import ExecutionCreated, new_execution
-from serve_app.core.journal import Appended, Assigned, Notice, ReadyRang, Resubscribed
+from serve_app.core.journal import (
+    Appended,
+    Assigned,
+    DeliveriesDue,
+    Notice,
+    ReadyRang,
+    Resubscribed,
+)
 from serve_app.ports import Clock
 
 
@@ -27,6 +34,11 @@ def worker_channels(worker_id: str, partition_count: int) -> tuple[str, ...]:
     """Where a worker hears of what it owns, and all workers of what nobody owns."""
     keys = [partition_key(p) for p in range(partition_count)]
     return (*(f"{key}:w:{worker_id}" for key in keys), *(f"{key}:bell" for key in keys))
+
+
+def dispatcher_channels(partition_count: int) -> tuple[str, ...]:
+    """Where every dispatcher hears of deliveries that have become due."""
+    return tuple(f"{partition_key(p)}:due" for p in range(partition_count))
 
 
 class RedisBells:
@@ -49,8 +61,9 @@ async def _notices(messages: AsyncIterator[Message | None]) -> AsyncIterator[Not
 
 def _notice(channel: str, data: bytes) -> Notice:
     kind, *members = msgpack.unpackb(data, raw=False)
-    if kind == "ready":
-        return ReadyRang(int(channel[channel.index("{") + 1 : channel.index("}")]))
+    if kind in {"ready", "due"}:
+        partition = int(channel[channel.index("{") + 1 : channel.index("}")])
+        return ReadyRang(partition) if kind == "ready" else DeliveriesDue(partition)
     if kind == "start":
         execution_id, token, created = members
         if not created:

@@ -24,6 +24,15 @@
 --   p:se:<session>         hash    ws model system at used count bytes order last, of a session
 --   p:se:<session>:m       list    its messages, JSON
 --   p:se:<session>:line    zset    its turns in order of arrival, the first is running; :held zset, until when
+--   p:dl:<delivery>        hash    a delivery: wh ws ev ty body st n t at next log lease; expires once ended
+--   p:dx:<webhook>         zset    an endpoint's deliveries by creation time, Unix ms
+--   p:dq:<webhook>         zset    those that wait; score: when the next try is due
+--   p:dh:<webhook>         hash    its health: win flying fails since until served
+--   p:de                   zset    endpoints with something to send; score: when to look at them
+--   p:dw, p:do:<dispatcher>  zset  live dispatchers, score: lease's end; hash, what each is sending
+--   p:dc, p:dn             hash    limits the dispatchers were started with; string, counter of leases
+--   p:due                  sharded channel: an endpoint has become due
+--   ip:{config}:hooks:<ws>    hash  webhook id -> "<revision> <record>"
 --   ip:{config}:wf:<ws>:<id>  hash  version -> definition, at:<version>, latest (live), last (ever)
 --   ip:{config}:wfs:<ws>      set   ids of live definitions
 --   ip:{config}:keys          hash  key hash -> record

@@ -6,6 +6,7 @@ Invariant: one transition is one function call; nothing here reads, decides and 
 
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 from serve_app.adapters.event_codec import (
@@ -35,6 +36,8 @@ from serve_app.core.usage import spending_of
 from serve_app.ports import Accepted, ListQuery
 
 DAY_MS = 24 * 3600 * 1000
+# Logs that are more than a list: what applies a message there, by the word before the colon.
+APPLIED_BY = MappingProxyType({"webhook": "ip1_webhook_accept"})
 _SAME_MS_MAX = 64  # executions of one millisecond in one partition; far above what it can accept
 
 
@@ -243,7 +246,8 @@ class RedisStore:
         """See `ports.WorkerStore`."""
         key = partition_key(outgoing.target_partition)
         args = (outgoing.message_id, outgoing.log, outgoing.body)
-        return bool(await self._calls.fcall("ip1_apply", key, *args))
+        function = APPLIED_BY.get(outgoing.log.partition(":")[0], "ip1_apply")
+        return bool(await self._calls.fcall(function, key, *args))
 
     async def relay(self, partition: int, limit: int) -> int:
         """See `ports.WorkerStore`.

@@ -30,6 +30,10 @@ class ErrorCode(StrEnum):
     UNKNOWN_EXECUTION = "UNKNOWN_EXECUTION"
     UNKNOWN_KEY = "UNKNOWN_KEY"
     UNKNOWN_SESSION = "UNKNOWN_SESSION"
+    UNKNOWN_WEBHOOK = "UNKNOWN_WEBHOOK"
+    UNKNOWN_DELIVERY = "UNKNOWN_DELIVERY"
+    TOO_MANY_WEBHOOKS = "TOO_MANY_WEBHOOKS"
+    CHANGED_MEANWHILE = "CHANGED_MEANWHILE"
     WORKSPACE_EXISTS = "WORKSPACE_EXISTS"
     ALREADY_TERMINAL = "ALREADY_TERMINAL"
     NOT_TERMINAL = "NOT_TERMINAL"
@@ -47,6 +51,7 @@ class ErrorCode(StrEnum):
     STEP_FAILED = "STEP_FAILED"
     TIMEOUT = "TIMEOUT"
     CANCELLED = "CANCELLED"
+    SEAL_BROKEN = "SEAL_BROKEN"
     STALE_LEASE = "STALE_LEASE"
     ILLEGAL_TRANSITION = "ILLEGAL_TRANSITION"
     INTERNAL = "INTERNAL"
@@ -161,6 +166,30 @@ class UnknownSessionError(ServeAppError):
     code = ErrorCode.UNKNOWN_SESSION
 
 
+class UnknownWebhookError(ServeAppError):
+    """No webhook of this id in the workspace."""
+
+    code = ErrorCode.UNKNOWN_WEBHOOK
+
+
+class UnknownDeliveryError(ServeAppError):
+    """No delivery of this id in the workspace, or it is no longer kept."""
+
+    code = ErrorCode.UNKNOWN_DELIVERY
+
+
+class TooManyWebhooksError(ServeAppError):
+    """The workspace has as many webhooks as one may have."""
+
+    code = ErrorCode.TOO_MANY_WEBHOOKS
+
+
+class ChangedMeanwhileError(ServeAppError):
+    """Somebody else changed the same thing again and again; read it and try once more."""
+
+    code = ErrorCode.CHANGED_MEANWHILE
+
+
 class WorkspaceExistsError(ServeAppError):
     """A workspace of this id is there already."""
 
@@ -249,6 +278,12 @@ class EgressRefusedError(ServeAppError):
     """A URL leads where requests of ours may not go."""
 
     code = ErrorCode.EGRESS_REFUSED
+
+
+class SealBrokenError(ServeAppError):
+    """Something encrypted at rest cannot be read: another cluster secret, or it was changed."""
+
+    code = ErrorCode.SEAL_BROKEN
 
 
 class ExchangeFailedError(ServeAppError):

@@ -59,6 +59,7 @@ class ExecutionCreated:
             conflict.
         kept: outputs of steps that a retry takes from the execution it retries.
         key_id: of the key that asked, for the usage ledger; never the key.
+        mode: how its caller asked for it: `async`, `sync` or `stream`.
     """
 
     at_ms: int
@@ -75,6 +76,7 @@ class ExecutionCreated:
     request_hash: str | None = None
     kept: Mapping[str, JsonValue] = field(default_factory=dict)
     key_id: str | None = None
+    mode: str = "async"
 
     @property
     def deadline_ms(self) -> int | None:

@@ -155,8 +155,15 @@ class ReadyRang:
 
 
 @dataclass(frozen=True, slots=True)
+class DeliveriesDue:
+    """Notice: the partition has webhook deliveries to send."""
+
+    partition: int
+
+
+@dataclass(frozen=True, slots=True)
 class Resubscribed:
     """Notice: the connection was lost and is back; whatever was rung meanwhile was not heard."""
 
 
-Notice = Assigned | Appended | ReadyRang | Resubscribed
+Notice = Assigned | Appended | ReadyRang | DeliveriesDue | Resubscribed

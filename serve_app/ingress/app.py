@@ -43,6 +43,7 @@ from serve_app.services.hosts import Hosts
 from serve_app.services.inference import Inference
 from serve_app.services.limits import KeyLimits
 from serve_app.services.sessions import Sessions
+from serve_app.services.webhooks import Webhooks
 from serve_app.settings import Settings
 
 Value = TypeVar("Value")
@@ -69,6 +70,7 @@ class Services:
     idempotency: Idempotency
     usage: UsageLedger
     limits: KeyLimits
+    webhooks: Webhooks
     authenticator: Authenticator
     health: Health
     request_metrics: RequestMetrics
@@ -105,6 +107,7 @@ def create_app(services: Services) -> FastAPI:
         sessions,
         stream_tokens,
         usage,
+        webhooks,
         workflows,
     )
 
@@ -124,6 +127,7 @@ def create_app(services: Services) -> FastAPI:
         decisions,
         stream_tokens,
         usage,
+        webhooks,
         health,
         metrics,
         hosts,

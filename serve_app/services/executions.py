@@ -49,6 +49,7 @@ class Submission:
         timeout_ms, retry: override the definition's.
         execution_id: from `Executions.new_id`, so that the caller knows it before it is accepted.
         request_hash: of the body, where there is a key: tells a repeat from a conflict.
+        mode: how the caller asks for it: `async`, `sync` or `stream`; webhooks choose by it.
     """
 
     execution_id: str
@@ -63,6 +64,7 @@ class Submission:
     key_id: str | None = None
     idempotency_key: str | None = None
     request_hash: str | None = None
+    mode: str = "async"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,7 @@ class Executions:
             old,
             at_ms=self._clock.now_ms(),
             retry_of=original.id,
+            mode="async",
             request_hash=None if wish.idempotency_key is None else (wish.from_step or ""),
             kept=kept_for_retry(original, workflow, wish.from_step),
             key_id=wish.key_id,
@@ -232,6 +235,7 @@ class Executions:
             priority=submission.priority,
             request_hash=submission.request_hash,
             key_id=submission.key_id,
+            mode=submission.mode,
         )
         return new_execution(submission.execution_id, created)
 

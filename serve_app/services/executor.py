@@ -15,6 +15,7 @@ from serve_app.core.errors import ServeAppError, StoreUnavailableError
 from serve_app.core.journal import (
     Appended,
     Assigned,
+    DeliveriesDue,
     Heartbeat,
     Notice,
     Owned,
@@ -132,6 +133,8 @@ class Executor:
                         held.driver.notify(events)
                 case ReadyRang(partition=partition):
                     self._claim_soon(partition, group)
+                case DeliveriesDue():
+                    pass  # a dispatcher's; no worker subscribes to it
                 case Resubscribed():
                     self._mismatched.update(self._partitions)
                     self._next_beat_ms = dict.fromkeys(self._partitions, 0)

@@ -141,7 +141,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     kept = Path(__file__).parents[2] / ".models"
     kept.mkdir(exist_ok=True)
     (data_dir / "models").symlink_to(kept, target_is_directory=True)
-    running = start_service(data_dir, None)
+    running = start_service(data_dir, None, INFERPIPE_EGRESS_ALLOW="127.0.0.1/32")
     running.wait_healthy()
     yield running
     stop_service(running)

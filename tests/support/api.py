@@ -10,6 +10,7 @@ import httpx
 from fastapi import FastAPI
 
 from deployments.composition import compose, publish
+from deployments.webhooks import endings_of
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
@@ -98,7 +99,8 @@ async def running_api(
     services = replace(composed, is_behind_serve=False)
     await publish(services)
     types = step_types(inference, JsonSchemas(), entropy)
-    runtime = Runtime(stores.store, types, CelExpressions(), clock, entropy)
+    endings = endings_of(settings, stores.calls, clock)
+    runtime = Runtime(stores.store, types, CelExpressions(), clock, entropy, endings.outgoing)
     bells = RedisBells(stores.nodes, worker_channels("w1", settings.partitions), clock)
     executor = Executor("w1", runtime, bells, services.catalog, WorkerLimits(3000, 200, 64))
     works = (services.feeds.run(), services.health.run(), executor.run())

@@ -74,7 +74,7 @@ _STARTED = {"X-Execution-Id": {"$ref": "#/components/headers/X-Execution-Id"}}
 async def execute(request: Request) -> Response:
     """Answer with the result, in whatever terminal state."""
     services = services_of(request)
-    submission = await _submission(request, services)
+    submission = await _submission(request, services, "sync")
     async with AsyncExitStack() as stack:
         try:
             started, feed = await stack.enter_async_context(
@@ -103,7 +103,7 @@ async def execute(request: Request) -> Response:
 async def execute_async(request: Request) -> Response:
     """Answer as soon as the execution is durable."""
     services = services_of(request)
-    started = await services.executions.start(await _submission(request, services))
+    started = await services.executions.start(await _submission(request, services, "async"))
     info = {"id": started.execution.id, "status": started.execution.status}
     return json_response(info, 202, _started_headers(started))
 
@@ -118,7 +118,7 @@ async def execute_async(request: Request) -> Response:
 async def execute_stream(request: Request) -> Response:
     """Stream from the first event; leaving does not cancel."""
     services = services_of(request)
-    submission = await _submission(request, services)
+    submission = await _submission(request, services, "stream")
     stack = AsyncExitStack()
     started, feed = await stack.enter_async_context(
         services.executions.start_and_follow(submission)
@@ -243,7 +243,7 @@ async def retry_execution(request: Request, execution_id: str) -> Response:
     return json_response(info, 202, _started_headers(started))
 
 
-async def _submission(request: Request, services: Services) -> Submission:
+async def _submission(request: Request, services: Services, mode: str) -> Submission:
     principal = await services.authenticator.principal(request, Scope.EXECUTE)
     value = await read_json(request, services.settings)
     wish = validate(ExecuteRequest, value)
@@ -265,6 +265,7 @@ async def _submission(request: Request, services: Services) -> Submission:
         user_id=wish.user_id,
         priority=wish.priority or 0,
         key_id=principal.key_id,
+        mode=mode,
         idempotency_key=key,
         request_hash=None if key is None else body_hash(value),
     )
