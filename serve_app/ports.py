@@ -187,6 +187,73 @@ class TokenLink(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class OpenAiModel:
+    """A model as OpenAI's API shows it.
+
+    Args:
+        path: a directory or hub name; its configuration and tokenizer are read from there.
+        names: the ids it answers to, its own first.
+        context_max: tokens of prompt and answer; 0: what the model allows.
+        tool_parser, reasoning_parser: how its tool calls and its reasoning are written, under
+            vLLM's names; empty: it has none.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    context_max: int = 0
+    tool_parser: str = ""
+    reasoning_parser: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAiCall:
+    """What an HTTP call brings beside its body, and wants to hear.
+
+    Args:
+        request_id: the answer's id is made of it; two calls may have the same.
+        deadline_ms: Unix epoch; past it the engine aborts.
+        on_begin: called once, when the engine has begun to answer.
+        report_usage: called once, however the call ends, with what the engine counted.
+    """
+
+    request_id: str
+    deadline_ms: int | None
+    on_begin: Callable[[], None]
+    report_usage: Callable[[Usage], None]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAiAnswer:
+    """A JSON body, or the bytes of server-sent events; closing those aborts the generation."""
+
+    status: int
+    body: bytes | AsyncGenerator[bytes, None]
+
+
+class OpenAiServing(Protocol):
+    """Serving code of OpenAI's API over our replicas."""
+
+    @property
+    def models(self) -> tuple[OpenAiModel, ...]:
+        """What it serves."""
+        ...
+
+    async def answer(self, kind: str, body: object, call: OpenAiCall) -> OpenAiAnswer:
+        """Answer one call; cancelling it aborts what it began.
+
+        Args:
+            kind: the path under `/v1/`: `chat/completions`, `completions` or `responses`.
+            body: the parsed JSON.
+
+        Raises:
+            ModelNotAvailableError: no such model; the message names those there are.
+            OverloadedError: it is still starting.
+            ServeAppError: what the router or the engine answered before the first token.
+        """
+        ...
+
+
 class Expressions(Protocol):
     """The expression language of definitions (CEL)."""
 

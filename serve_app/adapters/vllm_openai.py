@@ -1,0 +1,170 @@
+"""OpenAI's API by vLLM's own serving classes: validation, templates, tools, reasoning, answers.
+
+Owns one `ServedModel` per model: its configuration and tokenizer in this process, and vLLM's chat,
+completions and responses handlers over a `LinkEngineClient`. Knows nothing of HTTP but statuses.
+Invariant: an error before the first byte is raised or answered with its status; none becomes an
+event in a stream that began well.
+
+Imports vLLM: 6 s and 0.5 GB, so `vllm_openai_lazy` imports this in a thread.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, cast
+
+from pydantic import BaseModel, ValidationError
+from vllm import AsyncEngineArgs
+from vllm.config import VllmConfig
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
+from vllm.exceptions import VLLMError
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from serve_app.adapters.vllm_link_client import CALL, CallState, Generate, LinkEngineClient
+from serve_app.ports import Entropy, OpenAiAnswer, OpenAiCall, OpenAiModel
+
+_PROBLEMS_SHOWN_MAX = 10
+_CONTENT_FORMAT = "auto"  # vLLM looks into the template for it
+
+
+class VllmOpenAi:
+    """One model behind OpenAI's API.
+
+    Args:
+        model: where its configuration and tokenizer lie, and the ids it answers to.
+    """
+
+    def __init__(self, model: OpenAiModel, generate: Generate, entropy: Entropy) -> None:
+        client = LinkEngineClient(_config(model), model.names[0], generate, entropy)
+        engine = cast("EngineClient", client)
+        paths = [BaseModelPath(name=name, model_path=name) for name in model.names]
+        models = OpenAIServingModels(engine, paths)
+        shared: dict[str, Any] = {
+            "request_logger": None,
+            "chat_template": None,
+            "chat_template_content_format": _CONTENT_FORMAT,
+            "enable_auto_tools": bool(model.tool_parser),
+            "tool_parser": model.tool_parser or None,
+            "reasoning_parser": model.reasoning_parser,
+        }
+        renderer = OnlineRenderer(client.model_config, client.renderer, **shared)
+        renderer.warmup()
+        counted = {"enable_prompt_tokens_details": True}
+        self._chat = OpenAIServingChat(
+            engine, models, "assistant", online_renderer=renderer, **shared, **counted
+        )
+        self._completion = OpenAIServingCompletion(
+            engine, models, online_renderer=renderer, request_logger=None, **counted
+        )
+        self._responses = OpenAIServingResponses(engine, models, renderer, **shared, **counted)
+        self._kinds: dict[str, tuple[type[BaseModel], Any]] = {
+            "chat/completions": (ChatCompletionRequest, self._chat.create_chat_completion),
+            "completions": (CompletionRequest, self._completion.create_completion),
+            "responses": (ResponsesRequest, self._responses.create_responses),
+        }
+
+    async def answer(self, kind: str, body: object, call: OpenAiCall) -> OpenAiAnswer:
+        """See `ports.OpenAiServing.answer`."""
+        request_type, handle = self._kinds[kind]
+        try:
+            request = request_type.model_validate(body)
+        except ValidationError as error:
+            return _refusal(_validation_error(error))
+        # The answer's id is made of it. A Responses id has a form of its own.
+        if kind != "responses":
+            request.request_id = call.request_id  # type: ignore[attr-defined]
+        state = CallState(call.deadline_ms, call.on_begin)
+        CALL.set(state)
+        answer = None
+        try:
+            answer = await _answer(await handle(request), state, call)
+        except (VLLMError, ValueError, TypeError, NotImplementedError) as error:
+            if state.error is not None:
+                raise state.error from error
+            answer = _refusal(create_error_response(error))
+        finally:
+            if answer is None or isinstance(answer.body, bytes):
+                call.report_usage(state.total())
+        return answer
+
+
+async def _answer(made: Any, state: CallState, call: OpenAiCall) -> OpenAiAnswer:
+    if isinstance(made, ErrorResponse):
+        if state.error is not None:
+            raise state.error
+        return _refusal(made)
+    if isinstance(made, BaseModel):
+        return OpenAiAnswer(200, made.model_dump_json(by_alias=True).encode())
+    events = _encoded(made)
+    first = []
+    # Until the engine has begun, a refusal can still have its status.
+    while not state.has_begun and state.error is None:
+        event = await anext(events, None)
+        if event is None:
+            break
+        first.append(event)
+    if state.error is not None:
+        await events.aclose()
+        raise state.error
+    return OpenAiAnswer(200, _rest(b"".join(first), events, state, call))
+
+
+async def _rest(
+    first: bytes, events: AsyncGenerator[bytes, None], state: CallState, call: OpenAiCall
+) -> AsyncGenerator[bytes, None]:
+    CALL.set(state)  # a tool's result may begin a further generation in this task
+    try:
+        yield first
+        async for event in events:
+            yield event
+    finally:
+        await events.aclose()
+        call.report_usage(state.total())
+
+
+async def _encoded(made: AsyncIterator[Any]) -> AsyncGenerator[bytes, None]:
+    """Server-sent events: chat and completions make their own text, Responses makes objects."""
+    async for event in made:
+        if isinstance(event, str):
+            yield event.encode()
+        else:
+            data = event.model_dump_json(indent=None, by_alias=True)
+            yield f"event: {event.type}\ndata: {data}\n\n".encode()
+
+
+def _refusal(error: ErrorResponse) -> OpenAiAnswer:
+    return OpenAiAnswer(int(error.error.code), error.model_dump_json().encode())
+
+
+def _validation_error(error: ValidationError) -> ErrorResponse:
+    problems = error.errors(include_url=False, include_input=False)
+    shown = [f"{clean_loc_for_param(one['loc'])}: {one['msg']}" for one in problems]
+    more = len(shown) - _PROBLEMS_SHOWN_MAX
+    text = "; ".join(shown[:_PROBLEMS_SHOWN_MAX]) + (f"; and {more} more" if more > 0 else "")
+    return create_error_response(text, param=clean_loc_for_param(problems[0]["loc"]))
+
+
+def _config(model: OpenAiModel) -> VllmConfig:
+    """The model's configuration as vLLM's own render-only server makes it: without a device."""
+    arguments = AsyncEngineArgs(
+        model=model.path,
+        served_model_name=list(model.names),
+        max_model_len=model.context_max or None,
+        reasoning_parser=model.reasoning_parser,
+        language_model_only=True,  # no image is fetched for anyone
+    )
+    config = arguments.create_model_config()
+    config.quantization = None  # nothing is computed here
+    return VllmConfig(
+        model_config=config,
+        structured_outputs_config=arguments.create_structured_outputs_config(),
+    )

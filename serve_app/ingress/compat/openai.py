@@ -1,0 +1,221 @@
+"""OpenAI's API: chat completions, completions, responses, models.
+
+Owns the paths, OpenAI's error envelope and the watch over the caller; the answers are made behind
+`ports.OpenAiServing`. Invariant: a caller that leaves, at whatever moment, ends its generation.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from serve_app.core.auth import Scope
+from serve_app.core.errors import (
+    ConnectionFailedError,
+    ErrorCode,
+    ModelNotAvailableError,
+    ServeAppError,
+)
+from serve_app.core.inference import Usage
+from serve_app.ingress.answers import json_response
+from serve_app.ingress.app import Services, services_of
+from serve_app.ingress.bodies import parse_json, read_body
+from serve_app.ingress.errors import RETRY_AFTER_S, STATUS
+from serve_app.ports import OpenAiAnswer, OpenAiCall, OpenAiModel, OpenAiServing
+
+SIGN_OF_LIFE_S = 0.5  # a caller that went away is noticed so soon, even behind a proxy
+_GONE = 499  # nginx's; nobody reads it but the log
+_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_OPENAI_CODE: Mapping[ErrorCode, str] = MappingProxyType(
+    {  # those that OpenAI has a name for; the others keep ours, in lower case
+        ErrorCode.UNAUTHORIZED: "invalid_api_key",
+        ErrorCode.MODEL_NOT_AVAILABLE: "model_not_found",
+    }
+)
+_OPENAI_TYPE: Mapping[int, str] = MappingProxyType(
+    {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+)
+
+
+class _OpenAiRoute(APIRoute):
+    """A route whose refusals have OpenAI's shape."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_in_envelope(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except ServeAppError as error:
+                return error_response(error)
+
+        return handle_in_envelope
+
+
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=_OpenAiRoute)
+
+
+@router.post("/chat/completions", summary="OpenAI: chat completion")
+async def create_chat_completion(request: Request) -> Response:
+    """As vLLM's own server: tools, logprobs, structured output and `stream_options` included."""
+    return await _generated(request, "chat/completions")
+
+
+@router.post("/completions", summary="OpenAI: completion of a text or of tokens")
+async def create_completion(request: Request) -> Response:
+    """As vLLM's own server."""
+    return await _generated(request, "completions")
+
+
+@router.post("/responses", summary="OpenAI: response")
+async def create_response(request: Request) -> Response:
+    """As vLLM's own server; responses are not stored."""
+    return await _generated(request, "responses")
+
+
+@router.post("/embeddings", summary="OpenAI: embeddings (no engine here offers them)")
+async def create_embeddings(request: Request) -> Response:
+    """Refused: the engines of this service generate text."""
+    await services_of(request).authenticator.principal(request, Scope.EXECUTE)
+    raise ModelNotAvailableError("no model here gives embeddings")
+
+
+@router.get("/models", summary="OpenAI: the models")
+async def list_models(request: Request) -> Response:
+    """Every name a model answers to is an entry."""
+    cards = await _cards(request)
+    return json_response({"object": "list", "data": list(cards.values())})
+
+
+@router.get("/models/{model_id:path}", summary="OpenAI: one model")
+async def get_model(request: Request, model_id: str) -> Response:
+    """Ids may hold slashes."""
+    cards = await _cards(request)
+    if model_id not in cards:
+        names = ", ".join(cards)
+        raise ModelNotAvailableError(f"The model `{model_id}` does not exist. Available: {names}.")
+    return json_response(cards[model_id])
+
+
+def error_response(error: ServeAppError) -> Response:
+    """An error in OpenAI's envelope."""
+    code = ErrorCode(error.code)
+    status = STATUS[code]
+    default = "server_error" if status >= 500 else "invalid_request_error"  # noqa: PLR2004 - HTTP's border
+    body = {
+        "message": str(error),
+        "type": _OPENAI_TYPE.get(status, default),
+        "param": "model" if code is ErrorCode.MODEL_NOT_AVAILABLE else None,
+        "code": _OPENAI_CODE.get(code, code.lower()),
+    }
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    return json_response({"error": body}, status, headers)
+
+
+async def _generated(request: Request, kind: str) -> Response:
+    services = services_of(request)
+    await services.authenticator.principal(request, Scope.EXECUTE)
+    serving = _serving(services)
+    settings = services.settings
+    body = await read_body(request, settings.body_max_bytes)
+    value = parse_json(body, settings.json_depth_max)
+    begun = asyncio.Event()
+    deadline_ms = services.clock.now_ms() + settings.timeout_default_ms
+    call = OpenAiCall(request.state.request_id, deadline_ms, begun.set, _nobody_bills)
+    work = services.detached(serving.answer(kind, value, call))
+    try:
+        has_stayed = await _watched(request, work, begun)
+    except BaseException:
+        work.cancel()
+        raise
+    if not has_stayed:
+        work.cancel()
+        return Response(status_code=_GONE)
+    if not work.done():
+        return StreamingResponse(_waited(work), 200, media_type="application/json")
+    return _response(work.result())
+
+
+async def _watched(
+    request: Request, work: asyncio.Task[OpenAiAnswer], begun: asyncio.Event
+) -> bool:
+    """Wait for the answer, or until it takes long; false when the caller has left meanwhile."""
+    departure = asyncio.ensure_future(_departure(request))  # noqa: TID251 - ends below
+    try:
+        while not work.done():
+            waited = (work, departure)
+            await asyncio.wait(
+                waited, timeout=SIGN_OF_LIFE_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if departure.done() and not work.done():
+                return False
+            if begun.is_set() and not work.done():
+                return True
+        return True
+    finally:
+        departure.cancel()
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _waited(work: asyncio.Task[OpenAiAnswer]) -> AsyncGenerator[bytes, None]:
+    """White space, which JSON allows before a value, then the answer.
+
+    Only by writing can one be sure that the caller is still there (see `POST /v1/execute`). What
+    fails now has its status behind it, so the connection is cut off: no client takes that for an
+    answer.
+    """
+    try:
+        while not work.done():
+            yield b" "
+            await asyncio.wait((work,), timeout=SIGN_OF_LIFE_S)
+        answer = work.result()
+        if answer.status != 200 or not isinstance(answer.body, bytes):  # noqa: PLR2004 - HTTP's OK
+            raise ConnectionFailedError("the generation failed after the answer had begun")
+        yield answer.body
+    finally:
+        work.cancel()
+
+
+def _response(answer: OpenAiAnswer) -> Response:
+    if isinstance(answer.body, bytes):
+        return Response(answer.body, answer.status, media_type="application/json")
+    return StreamingResponse(answer.body, answer.status, _SSE_HEADERS, "text/event-stream")
+
+
+def _serving(services: Services) -> OpenAiServing:
+    if services.openai is None:
+        raise ModelNotAvailableError("no model is served here")
+    return services.openai
+
+
+async def _cards(request: Request) -> dict[str, dict[str, object]]:
+    services = services_of(request)
+    await services.authenticator.principal(request, Scope.READ)
+    models = () if services.openai is None else services.openai.models
+    created = services.started_at_ms // 1000
+    return {name: _card(name, model, created) for model in models for name in model.names}
+
+
+def _card(name: str, model: OpenAiModel, created: int) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "inferpipe",
+        "root": model.names[0],
+        "parent": None,
+        "max_model_len": model.context_max or None,
+    }
+
+
+def _nobody_bills(usage: Usage) -> None:
+    """Take the usage of a call, which is kept nowhere yet."""
