@@ -18,13 +18,14 @@ from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.redis_sessions import RedisSessions
 from serve_app.adapters.redis_store import DAY_MS
 from serve_app.adapters.redis_usage import RedisUsage
+from serve_app.adapters.vllm_openai_lazy import LazyOpenAi
 from serve_app.core.auth import SHOWN_CHARACTERS, KeyRecord, Scope
 from serve_app.core.limits import NO_LIMITS, Limit, Limits
 from serve_app.core.session import SessionLimits
 from serve_app.ingress.app import Services
 from serve_app.ingress.auth import Authenticator
 from serve_app.ingress.views import render_sse
-from serve_app.ports import Clock, Entropy
+from serve_app.ports import Clock, Entropy, OpenAiModel, OpenAiServing
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
@@ -59,6 +60,7 @@ def compose(
         kept_ms=settings.usage_retention_days * DAY_MS,
     )
     limits = KeyLimits(RedisLimits(stores.calls), usage, clock, default_limits(settings))
+    health = Health(stores.store, registry, clock, has_models=settings.model_replicas > 0)
     return Services(
         executions=Executions(
             stores.store,
@@ -84,7 +86,8 @@ def compose(
             RedisSessions(stores.calls, settings.partitions), clock, entropy, _limits(settings)
         ),
         hosts=Hosts(registry, clock, entropy),
-        health=Health(stores.store, registry, clock, has_models=settings.model_replicas > 0),
+        openai=_openai(settings, inference, health, clock, entropy),
+        health=health,
         clock=clock,
         entropy=entropy,
         settings=settings,
@@ -106,6 +109,24 @@ def _limits(settings: Settings) -> SessionLimits:
         bytes_max=settings.session_bytes_max,
         idle_ms=settings.session_idle_s * 1000,
         waiting_max=settings.session_waiting_max,
+    )
+
+
+def _openai(
+    settings: Settings, inference: Inference, health: Health, clock: Clock, entropy: Entropy
+) -> OpenAiServing | None:
+    if not (settings.openai and settings.model_replicas):
+        return None
+    model = OpenAiModel(
+        settings.model,
+        settings.model_names,
+        settings.context_max,
+        settings.tool_parser,
+        settings.reasoning_parser,
+        created_s=clock.now_ms() // 1000,
+    )
+    return LazyOpenAi(
+        (model,), inference, lambda: health.sample.status == "healthy", clock, entropy
     )
 
 

@@ -45,6 +45,8 @@ class Ingress:
         self._background.start("feeds", self._services.feeds.run())
         self._background.start("health", self._services.health.run())
         self._background.start("metrics", self._services.metrics_page.run())
+        if self._services.openai is not None:
+            self._background.start("openai", self._services.openai.run())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, once the constructor is done."""

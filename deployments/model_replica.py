@@ -45,7 +45,7 @@ class ModelReplica:
         configure_logging(settings.log_level, json=True, path=settings.log_path("model"))
         self._clock = SystemClock()
         self._replica_id = f"host-{SystemEntropy().token()[:10]}"
-        self._models = (settings.model_name,)
+        self._models = settings.model_names
         store = redis_options(settings)
         announce_start(store, self._report("starting", "loading the model"))
         log_path = settings.data_dir / "logs" / f"engine-{self._replica_id}.log"
@@ -141,7 +141,8 @@ class ModelReplica:
 def _engine_settings(settings: Settings) -> EngineSettings:
     return EngineSettings(
         model_path=settings.model,
-        served_name=settings.model_name,
+        served_names=settings.model_names,
+        reasoning_parser=settings.reasoning_parser,
         context_max=settings.context_max,
         kv_cache_gib=settings.kv_cache_gib,
         enforce_eager=settings.engine_eager,

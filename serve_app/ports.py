@@ -197,6 +197,7 @@ class OpenAiModel:
         context_max: tokens of prompt and answer; 0: what the model allows.
         tool_parser, reasoning_parser: how its tool calls and its reasoning are written, under
             vLLM's names; empty: it has none.
+        created_s: since when it is served, Unix epoch.
     """
 
     path: str
@@ -204,6 +205,7 @@ class OpenAiModel:
     context_max: int = 0
     tool_parser: str = ""
     reasoning_parser: str = ""
+    created_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +216,17 @@ class OpenAiCall:
         request_id: the answer's id is made of it; two calls may have the same.
         deadline_ms: Unix epoch; past it the engine aborts.
         on_begin: called once, when the engine has begun to answer.
-        report_usage: called once, however the call ends, with what the engine counted.
+        report_usage: called once, however the call ends, with what the engine counted and
+            whether the answer was given whole.
+        tenant, session: as in `GenerationRequest`; a session that the body names comes first.
     """
 
     request_id: str
     deadline_ms: int | None
     on_begin: Callable[[], None]
-    report_usage: Callable[[Usage], None]
+    report_usage: Callable[[Usage, bool], None]
+    tenant: str = ""
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,12 +245,17 @@ class OpenAiServing(Protocol):
         """What it serves."""
         ...
 
+    async def run(self) -> None:
+        """Get ready, then rest until cancelled."""
+        ...
+
     async def answer(self, kind: str, body: object, call: OpenAiCall) -> OpenAiAnswer:
         """Answer one call; cancelling it aborts what it began.
 
         Args:
             kind: the path under `/v1/`: `chat/completions`, `completions` or `responses`.
             body: the parsed JSON.
+            call: see there.
 
         Raises:
             ModelNotAvailableError: no such model; the message names those there are.

@@ -201,7 +201,11 @@ class Settings(BaseSettings):
     model: str = Field(
         "", description="A model directory or hub name; none: the bundled SmolLM2-135M-Instruct."
     )
-    model_name: str = Field("", description="Its id in the API; none: the directory's name.")
+    model_name: str = Field(
+        "",
+        description="Its ids in the API, comma-separated, its own first; none: the directory's "
+        "name.",
+    )
     model_replicas: int = Field(1, ge=0, description="Engines; 0: no model plane.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="What vLLM runs on.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights.")
@@ -228,6 +232,17 @@ class Settings(BaseSettings):
         pattern=r"^\d{1,30}(\.\d{1,18})?$",
         description="What stands behind each model replica, a decimal number; callers may demand "
         "a least one.",
+    )
+    openai: bool = Field(
+        default=True,
+        description="OpenAI's API. vLLM's serving code takes 0.5 GB in each ingress process.",
+    )
+    tool_parser: str = Field(
+        "hermes",
+        description="How the model writes tool calls, under vLLM's names; empty: it cannot.",
+    )
+    reasoning_parser: str = Field(
+        "", description="How the model writes its reasoning, under vLLM's names; empty: not at all."
     )
     link_host: str = Field(
         "127.0.0.1",
@@ -258,6 +273,11 @@ class Settings(BaseSettings):
     def log_path(self, name: str) -> Path | None:
         """Where a deployment's log goes; None for standard error."""
         return None if self.log_dir is None else self.log_dir / f"{name}.log"
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The model's ids in the API, its own first."""
+        return tuple(name.strip() for name in self.model_name.split(",") if name.strip())
 
     @property
     def is_loopback(self) -> bool:

@@ -45,7 +45,7 @@ class EngineSettings:
 
     Args:
         model_path: a directory, or a name that vLLM can resolve.
-        served_name: the model's id at the API.
+        served_names: the model's ids at the API, its own first.
         context_max: tokens of prompt and answer; 0: what the model was made for.
         kv_cache_gib: cpu: size of the KV cache.
         enforce_eager: no graph capture or compilation: a faster start.
@@ -58,10 +58,11 @@ class EngineSettings:
         stall_after_s: unhealthy when requests run and no engine step ended for so long; generous,
             because one step of a long prefill is no illness.
         structured_backend: the grammar engine for `output_schema`.
+        reasoning_parser: how the model writes its reasoning, which grammars let pass.
     """
 
     model_path: str
-    served_name: str
+    served_names: tuple[str, ...]
     context_max: int = 0
     kv_cache_gib: float = 1.0
     enforce_eager: bool = True
@@ -73,6 +74,7 @@ class EngineSettings:
     max_num_seqs: int = 64
     stall_after_s: float = 60.0
     structured_backend: Literal["guidance", "xgrammar"] = "guidance"
+    reasoning_parser: str = ""
 
 
 def _ignore(_: object) -> None:
@@ -87,7 +89,7 @@ class VllmEngine:
         self._vllm = vllm
         self._settings = settings
         self._clock = clock
-        self._prompts = PromptMaker(llm, settings.served_name, vllm)
+        self._prompts = PromptMaker(llm, settings.served_names, vllm)
         self._generations: dict[str, Generation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # One thread with a tokenizer of its own: a tokenizer must not be used by two at once.
@@ -157,7 +159,7 @@ class VllmEngine:
         """The present load; the link's server adds the replica's name and address."""
         return ReplicaLoad(
             replica_id="",
-            models=(self._settings.served_name,),
+            models=self._settings.served_names,
             host="",
             port=0,
             queued_tokens=sum(one.queued_tokens() for one in self._generations.values()),
@@ -292,7 +294,8 @@ class VllmEngine:
 def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": settings.model_path,
-        "served_model_name": settings.served_name,
+        "served_model_name": list(settings.served_names),
+        "reasoning_parser": settings.reasoning_parser,
         "max_model_len": settings.context_max or None,
         "enforce_eager": settings.enforce_eager,
         "dtype": settings.dtype,

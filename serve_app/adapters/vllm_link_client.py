@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.exceptions import GenerationError
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import renderer_from_config
@@ -35,11 +36,15 @@ from serve_app.core.inference import (
     TokenScore,
     Usage,
 )
-from serve_app.ports import Entropy
+from serve_app.ports import Entropy, OpenAiCall
 
 Generate = Callable[[GenerationRequest], AsyncGenerator[Chunk, None]]
 
-_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "abort"}
+_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "abort",
+}
 
 
 @dataclass(slots=True)
@@ -47,14 +52,13 @@ class CallState:
     """What one HTTP call and its generations tell each other, past vLLM's code.
 
     Args:
-        deadline_ms: Unix epoch, of all its generations.
-        on_begin: called with the first chunk: from then on the answer is under way.
+        call: the HTTP call.
+        has_begun: the first chunk is there.
         error: what a generation ended with; vLLM makes an error event of it, we know better.
         usage: of each generation so far, by its id.
     """
 
-    deadline_ms: int | None = None
-    on_begin: Callable[[], None] = lambda: None
+    call: OpenAiCall
     has_begun: bool = False
     error: ServeAppError | None = None
     usage: dict[str, Usage] = field(default_factory=dict)
@@ -98,34 +102,35 @@ class LinkEngineClient:
         """Yield outputs as `AsyncLLM.generate` does: deltas, or one when all is there.
 
         Raises:
-            ServeAppError: also left in the call's state.
+            GenerationError: the error itself is left in the call's state.
         """
-        call = CALL.get()
+        state = CALL.get()
         outputs = _Outputs(request_id, prompt, sampling_params)
         try:
-            requests = self._requests(prompt, sampling_params, given, call.deadline_ms)
-            async with aclosing(self._chunks(requests, call)) as chunks:
+            requests = self._requests(prompt, sampling_params, given, state.call)
+            async with aclosing(self._chunks(requests, state)) as chunks:
                 async for index, chunk in chunks:
                     output = outputs.add(index, chunk)
                     if output is not None:
                         yield output
         except ServeAppError as error:
-            call.error = error
-            raise
+            state.error = error
+            # vLLM makes a stream's last event of it, and does not log it as its own failure.
+            raise GenerationError(str(error)) from error
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Nothing to do: whoever stops iterating has aborted."""
 
     async def _chunks(
-        self, requests: list[GenerationRequest], call: CallState
+        self, requests: list[GenerationRequest], state: CallState
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
         async with aclosing(merge_async_iterators(*map(self._generate, requests))) as merged:
             async for index, chunk in merged:
                 if chunk.usage is not None:
-                    call.usage[requests[index].request_id] = chunk.usage
-                if not call.has_begun:
-                    call.has_begun = True
-                    call.on_begin()
+                    state.usage[requests[index].request_id] = chunk.usage
+                if not state.has_begun:
+                    state.has_begun = True
+                    state.call.on_begin()
                 yield index, chunk
 
     def _requests(
@@ -133,7 +138,7 @@ class LinkEngineClient:
         prompt: Any,
         params: SamplingParams,
         given: dict[str, Any],
-        deadline_ms: int | None,
+        call: OpenAiCall,
     ) -> list[GenerationRequest]:
         """One for each of the `n` answers, seeded as vLLM seeds them."""
         if prompt.get("type") != "token":
@@ -154,10 +159,12 @@ class LinkEngineClient:
             top_p=params.top_p,
             stop=tuple(params.stop or ()),
             seed=params.seed,
-            deadline_ms=deadline_ms,
+            deadline_ms=call.deadline_ms,
             priority=given.get("priority", 0),
             prompt_token_ids=tuple(prompt["prompt_token_ids"]),
             engine_options=options,
+            tenant=call.tenant,
+            session=given.get("session_id") or call.session,
         )
         others = [
             replace(

@@ -8,7 +8,9 @@ event in a stream that began well.
 Imports vLLM: 6 s and 0.5 GB, so `vllm_openai_lazy` imports this in a thread.
 """
 
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
+from http import HTTPStatus
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
@@ -26,11 +28,13 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
-from vllm.exceptions import VLLMError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from serve_app.adapters.vllm_link_client import CALL, CallState, Generate, LinkEngineClient
+from serve_app.core.errors import ServeAppError
 from serve_app.ports import Entropy, OpenAiAnswer, OpenAiCall, OpenAiModel
+
+logger = logging.getLogger(__name__)
 
 _PROBLEMS_SHOWN_MAX = 10
 _CONTENT_FORMAT = "auto"  # vLLM looks into the template for it
@@ -46,6 +50,7 @@ class VllmOpenAi:
     def __init__(self, model: OpenAiModel, generate: Generate, entropy: Entropy) -> None:
         client = LinkEngineClient(_config(model), model.names[0], generate, entropy)
         engine = cast("EngineClient", client)
+        self.context_max: int = client.model_config.max_model_len
         paths = [BaseModelPath(name=name, model_path=name) for name in model.names]
         models = OpenAIServingModels(engine, paths)
         shared: dict[str, Any] = {
@@ -58,7 +63,7 @@ class VllmOpenAi:
         }
         renderer = OnlineRenderer(client.model_config, client.renderer, **shared)
         renderer.warmup()
-        counted = {"enable_prompt_tokens_details": True}
+        counted: dict[str, Any] = {"enable_prompt_tokens_details": True}
         self._chat = OpenAIServingChat(
             engine, models, "assistant", online_renderer=renderer, **shared, **counted
         )
@@ -75,29 +80,33 @@ class VllmOpenAi:
     async def answer(self, kind: str, body: object, call: OpenAiCall) -> OpenAiAnswer:
         """See `ports.OpenAiServing.answer`."""
         request_type, handle = self._kinds[kind]
-        try:
-            request = request_type.model_validate(body)
-        except ValidationError as error:
-            return _refusal(_validation_error(error))
-        # The answer's id is made of it. A Responses id has a form of its own.
-        if kind != "responses":
-            request.request_id = call.request_id  # type: ignore[attr-defined]
-        state = CallState(call.deadline_ms, call.on_begin)
+        state = CallState(call)
         CALL.set(state)
         answer = None
         try:
-            answer = await _answer(await handle(request), state, call)
-        except (VLLMError, ValueError, TypeError, NotImplementedError) as error:
+            request: Any = request_type.model_validate(body)
+            if kind != "responses":  # whose ids have a form of their own
+                request.request_id = call.request_id
+            answer = await _answer(await handle(request), state)
+        except ServeAppError:
+            raise
+        except ValidationError as error:
+            answer = _refusal(_validation_error(error))
+        # vLLM refuses with any kind of error, and has one table for what they mean.
+        except Exception as error:
             if state.error is not None:
                 raise state.error from error
             answer = _refusal(create_error_response(error))
+            if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                logger.exception("vLLM's serving code failed")
         finally:
             if answer is None or isinstance(answer.body, bytes):
-                call.report_usage(state.total())
+                is_whole = answer is not None and answer.status == HTTPStatus.OK
+                call.report_usage(state.total(), is_whole)
         return answer
 
 
-async def _answer(made: Any, state: CallState, call: OpenAiCall) -> OpenAiAnswer:
+async def _answer(made: Any, state: CallState) -> OpenAiAnswer:
     if isinstance(made, ErrorResponse):
         if state.error is not None:
             raise state.error
@@ -115,20 +124,22 @@ async def _answer(made: Any, state: CallState, call: OpenAiCall) -> OpenAiAnswer
     if state.error is not None:
         await events.aclose()
         raise state.error
-    return OpenAiAnswer(200, _rest(b"".join(first), events, state, call))
+    return OpenAiAnswer(200, _rest(b"".join(first), events, state))
 
 
 async def _rest(
-    first: bytes, events: AsyncGenerator[bytes, None], state: CallState, call: OpenAiCall
+    first: bytes, events: AsyncGenerator[bytes, None], state: CallState
 ) -> AsyncGenerator[bytes, None]:
     CALL.set(state)  # a tool's result may begin a further generation in this task
+    is_whole = False
     try:
         yield first
         async for event in events:
             yield event
+        is_whole = state.error is None
     finally:
         await events.aclose()
-        call.report_usage(state.total())
+        state.call.report_usage(state.total(), is_whole)
 
 
 async def _encoded(made: AsyncIterator[Any]) -> AsyncGenerator[bytes, None]:
@@ -155,12 +166,13 @@ def _validation_error(error: ValidationError) -> ErrorResponse:
 
 def _config(model: OpenAiModel) -> VllmConfig:
     """The model's configuration as vLLM's own render-only server makes it: without a device."""
+    limit: dict[str, Any] = {"max_model_len": model.context_max} if model.context_max else {}
     arguments = AsyncEngineArgs(
         model=model.path,
         served_model_name=list(model.names),
-        max_model_len=model.context_max or None,
         reasoning_parser=model.reasoning_parser,
         language_model_only=True,  # no image is fetched for anyone
+        **limit,
     )
     config = arguments.create_model_config()
     config.quantization = None  # nothing is computed here

@@ -8,7 +8,8 @@ held up for 0.3 s at most) and which model a call is for. Invariant: no call wai
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from serve_app.core.errors import ModelNotAvailableError, OverloadedError, ServeAppError
@@ -35,7 +36,7 @@ class LazyOpenAi:
         self,
         models: tuple[OpenAiModel, ...],
         inference: Inference,
-        has_model: Callable[[], Awaitable[bool]],
+        has_model: Callable[[], bool],
         clock: Clock,
         entropy: Entropy,
     ) -> None:
@@ -55,7 +56,7 @@ class LazyOpenAi:
 
     async def run(self) -> None:
         """Import once a model or a caller is there; then rest until cancelled."""
-        while not self._is_wanted and not await self._has_model():
+        while not self._is_wanted and not self._has_model():
             await self._clock.sleep(LOOK_S)
         started_s = self._clock.monotonic_s()
         try:
@@ -65,6 +66,11 @@ class LazyOpenAi:
         else:
             took_s = round(self._clock.monotonic_s() - started_s, 1)
             logger.info("the serving code of OpenAI's API is loaded", extra={"took_s": took_s})
+        self._models = tuple(
+            replace(model, context_max=self._serving[model.names[0]].context_max)
+            for model in self._models
+            if model.names[0] in self._serving
+        )
         self._loaded.set()
         await asyncio.Event().wait()
 

@@ -22,13 +22,13 @@ class PromptMaker:
 
     Args:
         llm: the `AsyncLLM`; its input processor and classes are used, its loop is not.
-        served_name: the only model there is.
+        served_names: the ids of the only model there is.
         vllm: the imported package, handed in because only the engine adapter imports it.
     """
 
-    def __init__(self, llm: Any, served_name: str, vllm: Any) -> None:
+    def __init__(self, llm: Any, served_names: tuple[str, ...], vllm: Any) -> None:
         self._inputs = llm.input_processor
-        self._served_name = served_name
+        self._served_names = served_names
         self._vllm = vllm
         self.context_max: int = llm.model_config.max_model_len
         self._chars_max = self.context_max * int(llm.get_tokenizer().max_chars_per_token)
@@ -40,10 +40,9 @@ class PromptMaker:
             ModelNotAvailableError: another model's name.
             InvalidPromptError: nothing was said, or far too much.
         """
-        if request.model not in {"", self._served_name}:
-            raise ModelNotAvailableError(
-                f"no model {request.model!r} here; available: {self._served_name}"
-            )
+        if request.model and request.model not in self._served_names:
+            names = ", ".join(self._served_names)
+            raise ModelNotAvailableError(f"no model {request.model!r} here; available: {names}")
         for name, number in (("seed", request.seed or 0), ("priority", request.priority)):
             # Found out later, the number would break the message to the engine's process.
             if not -(2**63) <= number < 2**63:

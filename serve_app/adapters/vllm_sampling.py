@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from serve_app.adapters.vllm_tool_grammar import lark_of
 from serve_app.core.errors import InvalidPromptError
 from serve_app.core.inference import JsonValue
 
@@ -98,7 +99,10 @@ def sampling_arguments(options: Mapping[str, JsonValue], classes: Any) -> dict[s
 def _plain(name: str, value: Any) -> JsonValue:
     if name in _NESTED:
         members = {one.name: getattr(value, one.name) for one in fields(value) if one.init}
-        return {key: member for key, member in members.items() if member not in (None, False)}
+        kept = {key: member for key, member in members.items() if member not in (None, False)}
+        if (tag := kept.pop("structural_tag", None)) is not None:
+            kept["grammar"] = lark_of(tag)
+        return kept
     if name == "logit_bias":
         return {str(token): bias for token, bias in value.items()}  # msgpack keys are text
     plain: JsonValue = value

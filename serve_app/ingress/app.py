@@ -32,6 +32,7 @@ from serve_app.ports import (
     Idempotency,
     KeyRing,
     MetricsPage,
+    OpenAiServing,
     RequestMetrics,
     UsageLedger,
     WorkflowCatalog,
@@ -78,6 +79,7 @@ class Services:
     inference: Inference
     sessions: Sessions
     hosts: Hosts
+    openai: OpenAiServing | None
     clock: Clock
     entropy: Entropy
     settings: Settings
@@ -96,7 +98,7 @@ class Services:
 
 def create_app(services: Services) -> FastAPI:
     """The application over ready services."""
-    from serve_app.ingress.compat import websocket  # noqa: PLC0415 - as below
+    from serve_app.ingress.compat import openai, websocket  # noqa: PLC0415 - as below
     from serve_app.ingress.routes import (  # noqa: PLC0415 - routes import Services
         decisions,
         executions,
@@ -133,6 +135,7 @@ def create_app(services: Services) -> FastAPI:
         hosts,
         sessions,
         websocket,
+        openai,
     ):
         app.include_router(routes.router)
     app.add_exception_handler(ServeAppError, _on_error)

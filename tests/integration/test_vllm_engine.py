@@ -116,7 +116,7 @@ async def until_idle(engine: VllmEngine) -> None:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
     path = make_tiny_model(tmp_path_factory.mktemp("tiny"), context_max=CONTEXT)
-    settings = EngineSettings(str(path), "tiny", kv_cache_gib=0.25, dtype="float32")
+    settings = EngineSettings(str(path), ("tiny", "alias"), kv_cache_gib=0.25, dtype="float32")
     engine = VllmEngine.start(settings, SystemClock())
     yield engine
     await engine.stop()

@@ -5,6 +5,7 @@ Owns the paths, OpenAI's error envelope and the watch over the caller; the answe
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,13 +23,18 @@ from serve_app.core.errors import (
     ServeAppError,
 )
 from serve_app.core.inference import Usage
+from serve_app.core.usage import Spending, Waste
 from serve_app.ingress.answers import json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json, read_body
 from serve_app.ingress.errors import RETRY_AFTER_S, STATUS
 from serve_app.ports import OpenAiAnswer, OpenAiCall, OpenAiModel, OpenAiServing
 
-SIGN_OF_LIFE_S = 0.5  # a caller that went away is noticed so soon, even behind a proxy
+logger = logging.getLogger(__name__)
+
+# A caller that went away is noticed so soon even where a proxy hides it. Not sooner: each sign
+# of life also starts the caller's read time-out anew.
+SIGN_OF_LIFE_S = 2.0
 _GONE = 499  # nginx's; nobody reads it but the log
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _OPENAI_CODE: Mapping[ErrorCode, str] = MappingProxyType(
@@ -119,14 +125,36 @@ def error_response(error: ServeAppError) -> Response:
 
 async def _generated(request: Request, kind: str) -> Response:
     services = services_of(request)
-    await services.authenticator.principal(request, Scope.EXECUTE)
+    principal = await services.authenticator.principal(request, Scope.EXECUTE)
     serving = _serving(services)
     settings = services.settings
     body = await read_body(request, settings.body_max_bytes)
     value = parse_json(body, settings.json_depth_max)
     begun = asyncio.Event()
     deadline_ms = services.clock.now_ms() + settings.timeout_default_ms
-    call = OpenAiCall(request.state.request_id, deadline_ms, begun.set, _nobody_bills)
+
+    def report(usage: Usage, is_whole: bool) -> None:  # noqa: FBT001 - the port's signature
+        if usage.total_tokens:
+            spending = Spending(
+                id=services.entropy.token(),
+                workspace=principal.workspace,
+                workflow_id=f"openai:{kind}",
+                key_id=principal.key_id,
+                at_ms=services.clock.now_ms(),
+                usage=usage,
+                wasted_tokens=0 if is_whole else usage.total_tokens,
+                waste=None if is_whole else Waste.CANCELLED,
+            )
+            services.detached(_bill(services, spending))
+
+    call = OpenAiCall(
+        request.state.request_id,
+        deadline_ms,
+        begun.set,
+        report,
+        tenant=principal.workspace,
+        session=request.headers.get("x-session-id", ""),
+    )
     work = services.detached(serving.answer(kind, value, call))
     try:
         has_stayed = await _watched(request, work, begun)
@@ -149,9 +177,7 @@ async def _watched(
     try:
         while not work.done():
             waited = (work, departure)
-            await asyncio.wait(
-                waited, timeout=SIGN_OF_LIFE_S, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait(waited, timeout=SIGN_OF_LIFE_S, return_when=asyncio.FIRST_COMPLETED)
             if departure.done() and not work.done():
                 return False
             if begun.is_set() and not work.done():
@@ -201,15 +227,14 @@ async def _cards(request: Request) -> dict[str, dict[str, object]]:
     services = services_of(request)
     await services.authenticator.principal(request, Scope.READ)
     models = () if services.openai is None else services.openai.models
-    created = services.started_at_ms // 1000
-    return {name: _card(name, model, created) for model in models for name in model.names}
+    return {name: _card(name, model) for model in models for name in model.names}
 
 
-def _card(name: str, model: OpenAiModel, created: int) -> dict[str, object]:
+def _card(name: str, model: OpenAiModel) -> dict[str, object]:
     return {
         "id": name,
         "object": "model",
-        "created": created,
+        "created": model.created_s,
         "owned_by": "inferpipe",
         "root": model.names[0],
         "parent": None,
@@ -217,5 +242,8 @@ def _card(name: str, model: OpenAiModel, created: int) -> dict[str, object]:
     }
 
 
-def _nobody_bills(usage: Usage) -> None:
-    """Take the usage of a call, which is kept nowhere yet."""
+async def _bill(services: Services, spending: Spending) -> None:
+    try:
+        await services.usage.add(spending)
+    except ServeAppError:  # the caller has the answer; the log has the loss
+        logger.exception("a call was not billed", extra={"tokens": spending.usage.total_tokens})
