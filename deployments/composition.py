@@ -126,7 +126,7 @@ def _openai(
         created_s=clock.now_ms() // 1000,
     )
     return LazyOpenAi(
-        (model,), inference, lambda: health.sample.status == "healthy", clock, entropy
+        (model,), inference.generate, lambda: health.sample.status == "healthy", clock, entropy
     )
 
 

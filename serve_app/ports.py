@@ -19,7 +19,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import date
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from serve_app.core.auth import KeyRecord, Principal
 from serve_app.core.delivery import (
@@ -185,6 +185,10 @@ class TokenLink(Protocol):
             ServeAppError: what the engine answered.
         """
         ...
+
+
+# `services.inference.Inference.generate`, to those who need no more of it.
+Generate: TypeAlias = Callable[[GenerationRequest], AsyncGenerator[Chunk, None]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ leaving the iterator early aborts every generation it began.
 Imports vLLM: 6 s and 0.5 GB, so `vllm_openai_lazy` imports this in a thread.
 """
 
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -36,9 +36,7 @@ from serve_app.core.inference import (
     TokenScore,
     Usage,
 )
-from serve_app.ports import Entropy, OpenAiCall
-
-Generate = Callable[[GenerationRequest], AsyncGenerator[Chunk, None]]
+from serve_app.ports import Entropy, Generate, OpenAiCall
 
 _REASONS = {
     FinishReason.STOP: "stop",

@@ -30,9 +30,9 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from serve_app.adapters.vllm_link_client import CALL, CallState, Generate, LinkEngineClient
+from serve_app.adapters.vllm_link_client import CALL, CallState, LinkEngineClient
 from serve_app.core.errors import ServeAppError
-from serve_app.ports import Entropy, OpenAiAnswer, OpenAiCall, OpenAiModel
+from serve_app.ports import Entropy, Generate, OpenAiAnswer, OpenAiCall, OpenAiModel
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from serve_app.core.errors import ModelNotAvailableError, OverloadedError, ServeAppError
-from serve_app.ports import Clock, Entropy, OpenAiAnswer, OpenAiCall, OpenAiModel
-from serve_app.services.inference import Inference
+from serve_app.ports import Clock, Entropy, Generate, OpenAiAnswer, OpenAiCall, OpenAiModel
 
 if TYPE_CHECKING:
     from serve_app.adapters.vllm_openai import VllmOpenAi
@@ -35,13 +34,13 @@ class LazyOpenAi:
     def __init__(
         self,
         models: tuple[OpenAiModel, ...],
-        inference: Inference,
+        generate: Generate,
         has_model: Callable[[], bool],
         clock: Clock,
         entropy: Entropy,
     ) -> None:
         self._models = models
-        self._inference = inference
+        self._generate = generate
         self._has_model = has_model
         self._clock = clock
         self._entropy = entropy
@@ -105,6 +104,6 @@ class LazyOpenAi:
         from serve_app.adapters.vllm_openai import VllmOpenAi  # noqa: PLC0415 - see the module
 
         return {
-            model.names[0]: VllmOpenAi(model, self._inference.generate, self._entropy)
+            model.names[0]: VllmOpenAi(model, self._generate, self._entropy)
             for model in self._models
         }

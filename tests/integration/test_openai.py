@@ -319,6 +319,21 @@ async def test_leaving_caller_aborts_in_the_engine(
     assert service.engine.load().step_count - steps_before < 400, "it was cut short"
 
 
+async def test_answer_goes_on_over_a_broken_link(
+    service: OpenAiService, client: AsyncOpenAI
+) -> None:
+    long = {**ASK, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
+    whole = await client.chat.completions.create(**long)
+    text, is_broken = "", False
+    async for event in await client.chat.completions.create(**long, stream=True):
+        text += event.choices[0].delta.content or ""
+        if text and not is_broken:
+            is_broken = True
+            service.break_links()
+    assert is_broken
+    assert text == whole.choices[0].message.content
+
+
 async def test_lost_replica_ends_a_stream_with_an_error_event(
     service: OpenAiService, client: AsyncOpenAI
 ) -> None:
@@ -326,10 +341,9 @@ async def test_lost_replica_ends_a_stream_with_an_error_event(
 
     async def read() -> None:
         async for event in await client.chat.completions.create(**endless, stream=True):
-            if event.choices[0].delta.content:
+            if event.choices[0].delta.content and service.admission.is_open:
                 service.admission.is_open = False
-                for connection in tuple(service.admission.server.connections):
-                    connection.break_off("the test pulled the plug")
+                service.break_links()
 
     try:
         with pytest.raises(openai.APIError, match="replica"):

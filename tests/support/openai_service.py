@@ -1,7 +1,7 @@
 """OpenAI's surface without Ray: a tiny vLLM engine, its link, the application on a real port."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from serve_app.adapters.vllm_engine import EngineSettings, VllmEngine
 from serve_app.core.errors import NoHostsAvailableError
 from serve_app.core.grants import sign_grant
 from serve_app.core.inference import AdmitRequest, Grant
+from serve_app.core.routing import Decision
 from serve_app.ingress.app import create_app
 from serve_app.services.inference import Inference
 from serve_app.settings import Settings
@@ -42,6 +43,9 @@ class OneReplica:
         expires_at_ms = SystemClock().now_ms() + 10_000
         return sign_grant(SECRET.encode(), request.request_id, endpoint, expires_at_ms)
 
+    async def decisions(self, limit: int) -> Sequence[Decision]:
+        return ()
+
 
 @dataclass
 class OpenAiService:
@@ -50,6 +54,11 @@ class OpenAiService:
     url: str
     engine: VllmEngine
     admission: OneReplica
+
+    def break_links(self) -> None:
+        """As if the network had cut every connection to the replica."""
+        for connection in tuple(self.admission.server.connections):
+            connection.break_off("the test pulled the plug")
 
     async def until_running(self, count: int) -> None:
         """Wait until the engine runs so many requests."""
@@ -79,7 +88,8 @@ async def running_openai(redis_url: str, path: Path) -> AsyncIterator[OpenAiServ
     )
     stores = connect(settings, clock)
     admission = OneReplica(server)
-    services = compose(settings, stores, Inference(admission, link), clock, entropy)
+    inference = Inference(admission, link, clock, resume_wait_s=0.5)
+    services = compose(settings, stores, inference, clock, entropy)
     await publish(services)
     assert services.openai is not None
     serving = asyncio.ensure_future(services.openai.run())

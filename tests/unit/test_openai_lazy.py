@@ -2,24 +2,28 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
 
 import pytest
 
 from serve_app.adapters.system import SystemEntropy
 from serve_app.adapters.vllm_openai_lazy import LOAD_WAIT_S, LazyOpenAi
 from serve_app.core.errors import ModelNotAvailableError, OverloadedError, ServeAppError
+from serve_app.core.inference import Chunk, GenerationRequest
 from serve_app.ports import OpenAiCall, OpenAiModel
-from serve_app.services.inference import Inference
-from tests.support.api import ScriptedPlane
 from tests.support.virtual_time import VirtualClock, virtual_time
 
 MODELS = (OpenAiModel("/m/one", ("acme/one", "one")), OpenAiModel("/m/two", ("two",)))
 CALL = OpenAiCall("r1", None, lambda: None, lambda usage, is_whole: None)
 
 
+async def silent(request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    raise AssertionError("nothing is to be generated")
+    yield
+
+
 def lazy(*, has_model: bool = False) -> LazyOpenAi:
-    inference = Inference(ScriptedPlane(), ScriptedPlane())
-    return LazyOpenAi(MODELS, inference, lambda: has_model, VirtualClock(), SystemEntropy())
+    return LazyOpenAi(MODELS, silent, lambda: has_model, VirtualClock(), SystemEntropy())
 
 
 @virtual_time
