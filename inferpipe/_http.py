@@ -56,6 +56,11 @@ class Runner:
         self._config = config
         self._sleep = sleep
 
+    @property
+    def base_url(self) -> str:
+        """Where the server is."""
+        return self._config.base_url
+
     def for_stream(self) -> "StreamRunner":
         """Return a runner that holds one open stream."""
         return StreamRunner(self._http, self._config, self.policy, self._sleep)
@@ -154,6 +159,11 @@ class AsyncRunner:
         self._http = http
         self._config = config
         self._sleep = sleep
+
+    @property
+    def base_url(self) -> str:
+        """Where the server is."""
+        return self._config.base_url
 
     def for_stream(self) -> "AsyncStreamRunner":
         """Return a runner that holds one open stream."""

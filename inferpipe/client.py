@@ -100,6 +100,11 @@ class InferPipe:
         found = environment_options(os.environ, options, environment)
         return cls(**found, http_client=http_client, transport=transport)
 
+    @property
+    def base_url(self) -> str:
+        """Where the server is."""
+        return self._runner.base_url
+
     def execute(
         self,
         workflow_id: str,
@@ -218,6 +223,11 @@ class AsyncInferPipe:
         """See `InferPipe.from_env`."""
         found = environment_options(os.environ, options, environment)
         return cls(**found, http_client=http_client, transport=transport)
+
+    @property
+    def base_url(self) -> str:
+        """Where the server is."""
+        return self._runner.base_url
 
     async def execute(
         self,
