@@ -61,6 +61,11 @@ class Runner:
         """Where the server is."""
         return self._config.base_url
 
+    @property
+    def has_key(self) -> bool:
+        """Whether calls carry a key."""
+        return self._config.api_key is not None
+
     def for_stream(self) -> "StreamRunner":
         """Return a runner that holds one open stream."""
         return StreamRunner(self._http, self._config, self.policy, self._sleep)
@@ -164,6 +169,11 @@ class AsyncRunner:
     def base_url(self) -> str:
         """Where the server is."""
         return self._config.base_url
+
+    @property
+    def has_key(self) -> bool:
+        """Whether calls carry a key."""
+        return self._config.api_key is not None
 
     def for_stream(self) -> "AsyncStreamRunner":
         """Return a runner that holds one open stream."""

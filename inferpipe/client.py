@@ -105,6 +105,11 @@ class InferPipe:
         """Where the server is."""
         return self._runner.base_url
 
+    @property
+    def has_key(self) -> bool:
+        """Whether calls carry a key."""
+        return self._runner.has_key
+
     def execute(
         self,
         workflow_id: str,
@@ -228,6 +233,11 @@ class AsyncInferPipe:
     def base_url(self) -> str:
         """Where the server is."""
         return self._runner.base_url
+
+    @property
+    def has_key(self) -> bool:
+        """Whether calls carry a key."""
+        return self._runner.has_key
 
     async def execute(
         self,

@@ -42,7 +42,7 @@ def prepare_default_model(data_dir: Path) -> Path:
     if target.is_dir():
         check_model_dir(target)
         return target
-    gguf = _bundled_gguf()
+    gguf = bundled_weights()
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{MODEL_NAME}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it, however this process ends
@@ -71,7 +71,12 @@ def check_model_dir(path: Path) -> None:
         raise ModelFilesError(f"{path} has no tokenizer ({' or '.join(TOKENIZER_NAMES)})")
 
 
-def _bundled_gguf() -> Path:
+def bundled_weights() -> Path:
+    """The weights that the default model is made from.
+
+    Raises:
+        ModelFilesError: the package that ships them is not installed.
+    """
     spec = importlib.util.find_spec(GGUF_PACKAGE)  # finds without importing, so no llama.cpp
     if spec is None or spec.origin is None:
         raise ModelFilesError(

@@ -50,7 +50,7 @@ def test_failed_conversion_leaves_no_model(tmp_path: Path, monkeypatch: pytest.M
             (target / name).write_text(text)
 
     gguf = tmp_path / "x.gguf"
-    monkeypatch.setattr(model_weights, "_bundled_gguf", lambda: gguf)
+    monkeypatch.setattr(model_weights, "bundled_weights", lambda: gguf)
     monkeypatch.setattr(model_weights, "_convert", half)
     with pytest.raises(OSError, match="no space"):
         prepare_default_model(tmp_path)
