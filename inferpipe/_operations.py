@@ -92,6 +92,13 @@ Definition = Mapping[str, Any] | str
 """A workflow's definition: an object, or the text of a YAML file."""
 
 
+class KeyLimits(TypedDict, total=False):
+    """What a key may use: `{"requests": 100, "window": "60s"}`, `{"tokens": 10_000, ...}`."""
+
+    rate_limit: Mapping[str, Any]
+    token_limit: Mapping[str, Any] | int
+
+
 class WebhookOptions(TypedDict, total=False):
     """What `webhooks.create` takes beside address and events.
 
@@ -195,9 +202,11 @@ def validate_workflow(workflow_id: str, definition: Definition) -> Operation[Val
     return _read(Call("POST", path, headers, content), Validation)
 
 
-def create_key(name: str, scopes: Sequence[str], expires_at: datetime | None) -> Operation[KeyView]:
+def create_key(
+    name: str, scopes: Sequence[str], expires_at: datetime | None, limits: KeyLimits
+) -> Operation[KeyView]:
     """`POST /v1/keys`."""
-    given = _given({"name": name, "scopes": list(scopes), "expires_at": expires_at})
+    given = _given({"name": name, "scopes": list(scopes), "expires_at": expires_at, **limits})
     return _read(_post("/v1/keys", calls.body_of(KeyRequest, given)), KeyView)
 
 

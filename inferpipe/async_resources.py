@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack
 from inferpipe import _operations as operations
 from inferpipe._calls import execution_call
 from inferpipe._http import AsyncRunner
-from inferpipe._operations import Definition, WebhookOptions
+from inferpipe._operations import Definition, KeyLimits, WebhookOptions
 from inferpipe.streams import AsyncExecutionStream
 from inferpipe.wire import (
     DeliveryView,
@@ -129,9 +129,10 @@ class AsyncKeys:
         scopes: Sequence[Literal["read", "execute", "admin"]],
         *,
         expires_at: datetime | None = None,
+        **limits: Unpack[KeyLimits],
     ) -> KeyView:
         """Make a key of the caller's workspace; `key` holds it, here and never again."""
-        return await self._runner.ask(operations.create_key(name, scopes, expires_at))
+        return await self._runner.ask(operations.create_key(name, scopes, expires_at, limits))
 
     def list(self) -> AsyncIterator[KeyView]:
         """Yield the keys of the workspace, without the keys themselves."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, Unpack
 from inferpipe import _operations as operations
 from inferpipe._calls import execution_call
 from inferpipe._http import Runner
-from inferpipe._operations import Definition, WebhookOptions
+from inferpipe._operations import Definition, KeyLimits, WebhookOptions
 from inferpipe.streams import ExecutionStream
 from inferpipe.wire import (
     DeliveryView,
@@ -130,9 +130,10 @@ class Keys:
         scopes: Sequence[Literal["read", "execute", "admin"]],
         *,
         expires_at: datetime | None = None,
+        **limits: Unpack[KeyLimits],
     ) -> KeyView:
         """Make a key of the caller's workspace; `key` holds it, here and never again."""
-        return self._runner.ask(operations.create_key(name, scopes, expires_at))
+        return self._runner.ask(operations.create_key(name, scopes, expires_at, limits))
 
     def list(self) -> Iterator[KeyView]:
         """Yield the keys of the workspace, without the keys themselves."""

