@@ -7,7 +7,7 @@ from ray import serve
 
 from deployments.background import Background
 from deployments.webhooks import dispatcher_of, guarded_http
-from serve_app.adapters.redis_connect import connect
+from serve_app.adapters.redis_connect import connect, metrics_of
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.telemetry import configure_logging
 from serve_app.settings import Settings
@@ -35,6 +35,9 @@ class WebhookDispatcher:
         )
         self._background = Background()
         self._background.start("dispatcher", self._dispatcher.run())
+        process = f"dispatcher-{self._dispatcher.dispatcher_id}"
+        metrics = metrics_of(settings, self._stores, self._clock, process)
+        self._background.start("metrics", metrics.run())
 
     async def check_health(self) -> None:
         """Unhealthy when the dispatcher ended or looks at no queue any more."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         PermissionDeniedError,
         RateLimitedError,
         UnprocessableError,
+        WebhookVerificationError,
     )
     from inferpipe.streams import AsyncExecutionStream, ExecutionStream
     from inferpipe.wire import (
@@ -71,6 +72,7 @@ __all__ = [
     "StreamChunk",
     "StreamEvent",
     "UnprocessableError",
+    "WebhookVerificationError",
 ]
 
 _HOME = {

@@ -31,6 +31,10 @@ class InferPipeProtocolError(InferPipeError):
     """The answer is not what an inferpipe server sends: look at the base URL, or a proxy."""
 
 
+class WebhookVerificationError(InferPipeError):
+    """A delivery that is not what its sender signed, or is not ours: answer 400 and drop it."""
+
+
 class ExecutionFailedError(InferPipeError):
     """The execution ended `failed` or `cancelled`; `result` tells all the server knows."""
 

@@ -46,6 +46,18 @@ _STORE_SECONDS = Histogram(
     registry=REGISTRY,
 )
 _STORE_CALLS = Counter("inferpipe_store_calls", "Calls to the store.", registry=REGISTRY)
+_WEBHOOK_ATTEMPTS = Counter(
+    "inferpipe_webhook_attempts",
+    "Tries to deliver a webhook, by what became of the delivery.",
+    ["outcome"],
+    registry=REGISTRY,
+)
+_WEBHOOK_SECONDS = Histogram(
+    "inferpipe_webhook_attempt_seconds",
+    "One try to deliver a webhook, from the name look-up to the end of the answer.",
+    buckets=_REQUEST_BUCKETS_S,
+    registry=REGISTRY,
+)
 _LINKS = Gauge("inferpipe_links_open", "Open links to model replicas.", registry=REGISTRY)
 
 
@@ -79,6 +91,12 @@ def store_answered(call_count: int, duration_s: float) -> None:
     """A batch of calls came back."""
     _STORE_CALLS.inc(call_count)
     _STORE_SECONDS.observe(duration_s)
+
+
+def webhook_tried(outcome: str, duration_s: float) -> None:
+    """A try to deliver a webhook was recorded."""
+    _WEBHOOK_ATTEMPTS.labels(outcome).inc()
+    _WEBHOOK_SECONDS.observe(duration_s)
 
 
 def links_changed(open_count: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from serve_app.adapters.metrics import webhook_tried
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_store import partition_key
 from serve_app.core.delivery import (
@@ -94,6 +95,7 @@ class RedisDeliveries:
         )
         if answer[0] != b"new":
             return None
+        webhook_tried(status, attempt.latency_ms / 1000)
         _, failures, since, now, next_at = answer
         seen = EndpointHealth(int(failures), int(since) if since else None)
         return Recorded(seen, int(now), _in_ms(next_at, now))

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from standardwebhooks import Webhook as Verifier
+from standardwebhooks import WebhookVerificationError
 
+from inferpipe.webhooks import verify
 from tests.support.receiver import receiver, status
 from tests.support.webhooks import Hooks, running_hooks
 
 EVENTS = ["workflow.completed"]
+GUIDE = Path(__file__).parents[1] / "support" / "guide_verifier.js"
 
 
 @pytest.fixture
@@ -423,3 +427,39 @@ async def test_all_of_it_works_on_a_cluster(cluster_url: str, tmp_path: Path) ->
                 await hooks.api.http.post(f"/v1/webhooks/{hook['id']}/replay")
                 await hooks.until(hook["id"], "delivered")
                 await hooks.api.http.delete(f"/v1/webhooks/{hook['id']}")
+
+
+async def test_independent_verifiers_accept_ours_and_nothing_else(hooks: Hooks) -> None:
+    """The standardwebhooks package, the usage guide's own code in Node, and our SDK."""
+    async with receiver(status(200)) as there:
+        made, other = [await hooks.create(f"{there.url}?{number}") for number in range(2)]
+        await hooks.execute(text="naïve 𝄞")
+        await hooks.got(there, 2)
+    got = next(one for one in there.got if one.path.endswith("?0"))
+    changed = got.body.replace(b"completed", b"completee")
+    assert changed != got.body
+    secret, wrong = made["secret"], other["secret"]
+    stale = {**got.headers, "webhook-timestamp": str(int(got.headers["webhook-timestamp"]) - 600)}
+    event = Verifier(secret).verify(got.body, got.headers)
+    assert event["data"]["output"] == {"text": "naïve 𝄞"}
+    assert verify(got.body, got.headers, secret).id == event["id"]
+    for key, body, headers in (
+        (wrong, got.body, got.headers),
+        (secret, changed, got.headers),
+        (secret, got.body, stale),
+    ):
+        with pytest.raises(WebhookVerificationError):
+            Verifier(key).verify(body, headers)
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node here: the usage guide's own verifier was not run")
+    signature = got.headers["x-inferpipe-signature"]
+    cases = [
+        {"payload": body.decode(), "signature": signature, "secret": key}
+        for body, key in ((got.body, secret), (changed, secret), (got.body, wrong))
+    ]
+    run = await asyncio.create_subprocess_exec(
+        node, str(GUIDE), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await run.communicate(json.dumps(cases).encode())
+    assert json.loads(output) == [True, False, False]
