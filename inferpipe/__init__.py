@@ -11,33 +11,45 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from inferpipe._config import ExecuteOptions, HttpOptions
     from inferpipe._stream import StreamChunk, StreamEvent
+    from inferpipe._websocket import WebSocketClient
     from inferpipe.client import AsyncInferPipe, InferPipe
     from inferpipe.errors import (
         ApiStatusError,
         AuthenticationError,
         BadRequestError,
         ConflictError,
+        ConnectionFailedError,
         ExecutionFailedError,
+        InferenceError,
+        InferenceTimeoutError,
         InferPipeConnectionError,
         InferPipeError,
         InferPipeProtocolError,
         InferPipeTimeoutError,
         InvalidArgumentError,
+        InvalidPromptError,
+        ModelNotAvailableError,
+        NoHostsAvailableError,
         NotFoundError,
         OverloadedError,
         PermissionDeniedError,
         RateLimitedError,
+        RateLimitExceededError,
+        UnknownSessionError,
         UnprocessableError,
         WebhookVerificationError,
     )
+    from inferpipe.inference import InferenceConfig, InferenceManager, InferenceStream
     from inferpipe.streams import AsyncExecutionStream, ExecutionStream
     from inferpipe.wire import (
         ExecutionInfo,
         ExecutionRecord,
         ExecutionResult,
         HealthStatus,
+        HostView,
         Problem,
         RetryConfig,
+        SessionView,
     )
 
     __version__: str
@@ -49,6 +61,7 @@ __all__ = [
     "AuthenticationError",
     "BadRequestError",
     "ConflictError",
+    "ConnectionFailedError",
     "ExecuteOptions",
     "ExecutionFailedError",
     "ExecutionInfo",
@@ -56,22 +69,35 @@ __all__ = [
     "ExecutionResult",
     "ExecutionStream",
     "HealthStatus",
+    "HostView",
     "HttpOptions",
     "InferPipe",
     "InferPipeConnectionError",
     "InferPipeError",
     "InferPipeProtocolError",
     "InferPipeTimeoutError",
+    "InferenceConfig",
+    "InferenceError",
+    "InferenceManager",
+    "InferenceStream",
+    "InferenceTimeoutError",
     "InvalidArgumentError",
+    "InvalidPromptError",
+    "ModelNotAvailableError",
+    "NoHostsAvailableError",
     "NotFoundError",
     "OverloadedError",
     "PermissionDeniedError",
     "Problem",
+    "RateLimitExceededError",
     "RateLimitedError",
     "RetryConfig",
+    "SessionView",
     "StreamChunk",
     "StreamEvent",
+    "UnknownSessionError",
     "UnprocessableError",
+    "WebSocketClient",
     "WebhookVerificationError",
 ]
 
@@ -79,6 +105,10 @@ _HOME = {
     **dict.fromkeys(("ExecuteOptions", "HttpOptions"), "inferpipe._config"),
     **dict.fromkeys(("StreamChunk", "StreamEvent"), "inferpipe._stream"),
     **dict.fromkeys(("AsyncInferPipe", "InferPipe"), "inferpipe.client"),
+    **dict.fromkeys(
+        ("InferenceConfig", "InferenceManager", "InferenceStream"), "inferpipe.inference"
+    ),
+    "WebSocketClient": "inferpipe._websocket",
     **dict.fromkeys(("AsyncExecutionStream", "ExecutionStream"), "inferpipe.streams"),
     **dict.fromkeys(
         (
@@ -86,8 +116,10 @@ _HOME = {
             "ExecutionRecord",
             "ExecutionResult",
             "HealthStatus",
+            "HostView",
             "Problem",
             "RetryConfig",
+            "SessionView",
         ),
         "inferpipe.wire",
     ),

@@ -8,7 +8,7 @@ import re
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 from urllib.parse import urlsplit
 
 from inferpipe import __version__
@@ -60,6 +60,27 @@ class ExecuteOptions(TypedDict, total=False):
     priority: int | None
     cache_ttl_s: int | None
     idempotency_key: str | None
+
+
+class KeyLimits(TypedDict, total=False):
+    """What a key may use: `{"requests": 100, "window": "60s"}`, `{"tokens": 10_000, ...}`."""
+
+    rate_limit: Mapping[str, Any]
+    token_limit: Mapping[str, Any] | int
+
+
+class WebhookOptions(TypedDict, total=False):
+    """What `webhooks.create` takes beside address and events.
+
+    `modes` are those of the executions that it hears of: `async` where none is given. With a
+    `workflow_id` it hears of that workflow alone. `headers` are sent along with each delivery.
+    """
+
+    modes: list[Literal["async", "sync", "stream"]]
+    workflow_id: str
+    description: str
+    headers: dict[str, str]
+    enabled: bool
 
 
 class ClientOptions(TypedDict, total=False):

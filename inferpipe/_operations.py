@@ -7,14 +7,14 @@ client build the same operation in the method of the same name, so the two canno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Generic, Literal, Protocol, TypedDict, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlencode
 
 from pydantic import BaseModel
 
 from inferpipe import _calls as calls
 from inferpipe._calls import Answer, Call
-from inferpipe._config import ExecuteOptions
+from inferpipe._config import ExecuteOptions, KeyLimits, WebhookOptions
 from inferpipe._stream import completed
 from inferpipe.errors import InferPipeProtocolError
 from inferpipe.wire import (
@@ -25,11 +25,17 @@ from inferpipe.wire import (
     ExecutionResult,
     ExecutionStatus,
     HealthStatus,
+    HostList,
+    HostRequirements,
+    HostView,
     KeyList,
     KeyRequest,
     KeyView,
     ReplayRequest,
     RotateSecretRequest,
+    SessionMessageList,
+    SessionRequest,
+    SessionView,
     SignalRequest,
     StreamTokenRequest,
     StreamTokenView,
@@ -90,27 +96,6 @@ def next_cursor(page: Page[object], cursor: str | None) -> str | None:
 
 Definition = Mapping[str, Any] | str
 """A workflow's definition: an object, or the text of a YAML file."""
-
-
-class KeyLimits(TypedDict, total=False):
-    """What a key may use: `{"requests": 100, "window": "60s"}`, `{"tokens": 10_000, ...}`."""
-
-    rate_limit: Mapping[str, Any]
-    token_limit: Mapping[str, Any] | int
-
-
-class WebhookOptions(TypedDict, total=False):
-    """What `webhooks.create` takes beside address and events.
-
-    `modes` are those of the executions that it hears of: `async` where none is given. With a
-    `workflow_id` it hears of that workflow alone. `headers` are sent along with each delivery.
-    """
-
-    modes: list[Literal["async", "sync", "stream"]]
-    workflow_id: str
-    description: str
-    headers: dict[str, str]
-    enabled: bool
 
 
 def execute(
@@ -299,6 +284,46 @@ def create_stream_token(resource: str, ttl_s: int | None) -> Operation[StreamTok
     return _read(_post("/v1/stream-tokens", body), StreamTokenView)
 
 
+def list_hosts() -> Operation[Sequence[HostView]]:
+    """`GET /v1/hosts`."""
+
+    def read(answer: Answer) -> Sequence[HostView]:
+        return calls.read_model(answer, HostList).hosts
+
+    return Operation(_get("/v1/hosts"), read)
+
+
+def select_host(
+    model: str, min_stake: str | None, max_latency: int | None, region: str | None
+) -> Operation[HostView]:
+    """`POST /v1/hosts/select`."""
+    wish = {"minStake": min_stake, "maxLatency": max_latency, "region": region}
+    body = calls.body_of(HostRequirements, _given({"model": model, **wish}))
+    return _read(_post("/v1/hosts/select", body), HostView)
+
+
+def create_session(model: str, system: str | None) -> Operation[SessionView]:
+    """`POST /v1/sessions`."""
+    body = calls.body_of(SessionRequest, _given({"model": model, "system": system}))
+    return _read(_post("/v1/sessions", body), SessionView)
+
+
+def get_session(session_id: str) -> Operation[SessionView]:
+    """`GET /v1/sessions/{id}`."""
+    return _read(_get(_session(session_id)), SessionView)
+
+
+def list_session_messages(session_id: str, cursor: str | None) -> Operation[SessionMessageList]:
+    """`GET /v1/sessions/{id}/messages`."""
+    path = _session(session_id) + "/messages"
+    return _read(_get(path, {"cursor": cursor}), SessionMessageList)
+
+
+def end_session(session_id: str) -> Operation[None]:
+    """`DELETE /v1/sessions/{id}`."""
+    return _delete(_session(session_id))
+
+
 def usage(
     from_: datetime | None, to: datetime | None, group_by: str | None
 ) -> Operation[UsageReport]:
@@ -321,6 +346,10 @@ def _read(call: Call, model: type[ModelT]) -> Operation[ModelT]:
         return calls.read_model(answer, model)
 
     return Operation(call, read)
+
+
+def _session(session_id: str) -> str:
+    return calls.path_below("/v1/sessions", session_id)
 
 
 def _nothing(_: Answer) -> None:

@@ -10,15 +10,19 @@ from typing import Any, Literal, Unpack
 
 from inferpipe import _operations as operations
 from inferpipe._calls import execution_call
+from inferpipe._config import KeyLimits, WebhookOptions
 from inferpipe._http import AsyncRunner
-from inferpipe._operations import Definition, KeyLimits, WebhookOptions
+from inferpipe._operations import Definition
 from inferpipe.streams import AsyncExecutionStream
 from inferpipe.wire import (
     DeliveryView,
     ExecutionInfo,
     ExecutionRecord,
     ExecutionStatus,
+    HostView,
     KeyView,
+    SessionMessageView,
+    SessionView,
     StreamTokenView,
     Validation,
     WebhookSecret,
@@ -235,3 +239,55 @@ class AsyncStreamTokens:
     async def create(self, resource: str, *, ttl_s: int | None = None) -> StreamTokenView:
         """Make a short-lived token for `?token=`, good for one path such as `/stream/user/u1`."""
         return await self._runner.ask(operations.create_stream_token(resource, ttl_s))
+
+
+class AsyncHosts:
+    """`client.hosts`: the model replicas, for those who choose one for themselves."""
+
+    def __init__(self, runner: AsyncRunner) -> None:
+        self._runner = runner
+
+    async def list(self) -> Sequence[HostView]:
+        """Return every host heard of lately, ready ones first."""
+        return await self._runner.ask(operations.list_hosts())
+
+    async def select(
+        self,
+        model: str,
+        *,
+        min_stake: str | None = None,
+        max_latency: int | None = None,
+        region: str | None = None,
+    ) -> HostView:
+        """Return the best host now; `max_latency` is in ms, `region` a wish, the rest conditions.
+
+        Raises:
+            NotFoundError: no host serves the model.
+            OverloadedError: none that serves it satisfies the conditions.
+        """
+        return await self._runner.ask(operations.select_host(model, min_stake, max_latency, region))
+
+
+class AsyncSessions:
+    """`client.sessions`: conversations; their turns are spoken by an `InferenceManager`."""
+
+    def __init__(self, runner: AsyncRunner) -> None:
+        self._runner = runner
+
+    async def create(self, model: str, *, system: str | None = None) -> SessionView:
+        """Begin a session."""
+        return await self._runner.ask(operations.create_session(model, system))
+
+    async def get(self, session_id: str) -> SessionView:
+        """Return a session without its messages."""
+        return await self._runner.ask(operations.get_session(session_id))
+
+    def messages(self, session_id: str) -> AsyncIterator[SessionMessageView]:
+        """Yield what was said, the system message first."""
+        return self._runner.items(
+            lambda cursor: operations.list_session_messages(session_id, cursor)
+        )
+
+    async def end(self, session_id: str) -> None:
+        """End a session; all it holds is forgotten."""
+        await self._runner.ask(operations.end_session(session_id))

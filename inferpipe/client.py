@@ -73,6 +73,7 @@ class InferPipe:
         config = ClientConfig(api_key, workspace_id, base_url, timeout, retries, options)
         if http_client is not None and (http_options or transport) is not None:
             raise InvalidArgumentError("http_client brings its own options and transport")
+        self.config = config
         self._is_own = http_client is None
         self._http = http_client or http.client(config, transport)
         self._runner = http.Runner(self._http, config, RetryPolicy(retries, jitter), sleep)
@@ -82,6 +83,8 @@ class InferPipe:
         self.workspaces = resources.Workspaces(self._runner)
         self.webhooks = resources.Webhooks(self._runner)
         self.stream_tokens = resources.StreamTokens(self._runner)
+        self.hosts = resources.Hosts(self._runner)
+        self.sessions = resources.Sessions(self._runner)
 
     @classmethod
     def from_env(
@@ -206,6 +209,7 @@ class AsyncInferPipe:
         config = ClientConfig(api_key, workspace_id, base_url, timeout, retries, options)
         if http_client is not None and (http_options or transport) is not None:
             raise InvalidArgumentError("http_client brings its own options and transport")
+        self.config = config
         self._is_own = http_client is None
         self._http = http_client or http.async_client(config, transport)
         self._runner = http.AsyncRunner(self._http, config, RetryPolicy(retries, jitter), sleep)
@@ -215,6 +219,8 @@ class AsyncInferPipe:
         self.workspaces = async_resources.AsyncWorkspaces(self._runner)
         self.webhooks = async_resources.AsyncWebhooks(self._runner)
         self.stream_tokens = async_resources.AsyncStreamTokens(self._runner)
+        self.hosts = async_resources.AsyncHosts(self._runner)
+        self.sessions = async_resources.AsyncSessions(self._runner)
 
     @classmethod
     def from_env(

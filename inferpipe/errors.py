@@ -53,6 +53,49 @@ class ExecutionFailedError(InferPipeError):
         return result
 
 
+class InferenceError(InferPipeError):
+    """An answer on a socket failed; the subclasses are for codes that callers treat apart."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.args[1]}"
+
+    @property
+    def code(self) -> str:
+        """The stable code, upper snake case."""
+        return str(self.args[0])
+
+
+class NoHostsAvailableError(InferenceError):
+    """No host can take the request now, also after the retries."""
+
+
+class ConnectionFailedError(InferenceError):
+    """The host could not be reached, or was lost and no other could go on."""
+
+
+class InferenceTimeoutError(InferenceError):
+    """The request's time-out has passed."""
+
+
+class ModelNotAvailableError(InferenceError):
+    """There is no such model."""
+
+
+class RateLimitExceededError(InferenceError):
+    """The key's limit is used up, or too much runs on one socket or waits in one session."""
+
+
+class InvalidPromptError(InferenceError):
+    """The prompt is empty, too long, or the session has no room for it."""
+
+
+class UnknownSessionError(InferenceError):
+    """There is no such session in the workspace, or it has ended."""
+
+
 class ApiStatusError(InferPipeError):
     """The server refused the call; the subclasses are for statuses that callers treat apart."""
 
@@ -146,6 +189,25 @@ STATUS_ERRORS: Mapping[int, type[ApiStatusError]] = MappingProxyType(
         HTTPStatus.SERVICE_UNAVAILABLE: OverloadedError,
     }
 )
+
+
+CONNECTION_FAILED = "CONNECTION_FAILED"
+INFERENCE_ERRORS: Mapping[str, type[InferenceError]] = MappingProxyType(
+    {
+        "NO_HOSTS_AVAILABLE": NoHostsAvailableError,
+        CONNECTION_FAILED: ConnectionFailedError,
+        "INFERENCE_TIMEOUT": InferenceTimeoutError,
+        "MODEL_NOT_AVAILABLE": ModelNotAvailableError,
+        "RATE_LIMIT_EXCEEDED": RateLimitExceededError,
+        "INVALID_PROMPT": InvalidPromptError,
+        "UNKNOWN_SESSION": UnknownSessionError,
+    }
+)
+
+
+def inference_error(code: str, message: str) -> InferenceError:
+    """Return the error class that fits the code, filled."""
+    return INFERENCE_ERRORS.get(code, InferenceError)(code, message)
 
 
 def status_error(problem: Problem, retry_after_s: float | None) -> ApiStatusError:

@@ -478,3 +478,27 @@ async def test_a_stream_token_opens_its_own_path_and_outlives_its_time_on_the_so
     for path in ("/v1/ws", "/hosts/x/v1/ws"):
         async with stage.socket(f"{path}?token={made['token']}", key=None) as talk:
             assert code_of(await talk.next()) == "UNAUTHORIZED"
+
+
+async def test_every_request_is_billed_to_its_key_with_what_came_to_nothing(
+    manual: Stage,
+) -> None:
+    key = await manual.api.new_key("execute")
+    async with manual.socket(key=key["Authorization"].removeprefix("Bearer ")) as talk:
+        await talk.ask("one two", request_id="a", max_tokens=2)
+        await talk.ask("one two three", request_id="b")
+        await manual.until("len(engine.running) == 2")
+        manual.engine.step()
+        manual.engine.step()
+        while (await talk.next())["type"] != "stream_end":
+            pass
+    await manual.until("engine.aborted")
+    async with asyncio.timeout(5):
+        report: dict[str, object] = {"items": []}
+        while not report["items"] or report["items"][0]["totalTokens"] < 6:  # type: ignore[index]
+            await asyncio.sleep(0.02)
+            report = (await manual.api.http.get("/v1/usage?groupBy=workflow")).json()
+    item = report["items"][0]  # type: ignore[index]
+    # The scripted engine tells of the prompt with the last token only, and b never had one.
+    assert (item["workflow"], item["promptTokens"], item["completionTokens"]) == ("websocket", 2, 4)
+    assert item["wasted"] == {"cancelled": 2}

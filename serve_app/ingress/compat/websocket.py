@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import orjson
 from fastapi import APIRouter
@@ -25,7 +25,6 @@ from inferpipe.wire import (
     CancelMessage,
     ClientMessage,
     InferenceMessage,
-    SocketInference,
 )
 from serve_app.core.auth import Principal, Scope
 from serve_app.core.errors import (
@@ -38,22 +37,17 @@ from serve_app.core.errors import (
 )
 from serve_app.core.inference import (
     ANYWHERE,
-    NO_USAGE,
-    FinishReason,
     GenerationRequest,
     Message,
     Placement,
-    Usage,
 )
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json
+from serve_app.ingress.socket_call import SocketCall
 from serve_app.ingress.socket_messages import (
     Json,
     RefusedMessageError,
-    broken_piece,
-    end_message,
     error_message,
-    failure_message,
     parse_message,
     piece_message,
     request_id_of,
@@ -90,22 +84,6 @@ class _CloseError(Exception):
         self.reason = reason
 
 
-@dataclass(slots=True)
-class _Call:
-    """One request of a socket."""
-
-    request_id: str | None
-    wish: SocketInference
-    principal: Principal
-    task: asyncio.Task[None] | None = None
-    is_started: bool = False
-    is_cancelled: bool = False
-    has_spoken: bool = False
-    usage: Usage = NO_USAGE
-    is_complete: bool = False
-    pieces: list[str] = field(default_factory=list)
-
-
 class _SocketClient:
     """A socket, its client and their requests."""
 
@@ -115,7 +93,7 @@ class _SocketClient:
         self._settings = self._services.settings
         self._placement = ANYWHERE if host_id is None else Placement(host=host_id)
         self._principal: Callable[[], Awaitable[Principal]] = self._named_by_headers
-        self._calls: dict[str | None, _Call] = {}
+        self._calls: dict[str | None, SocketCall] = {}
         self._alive_count = 0  # with those whose last message the socket has not taken yet
         self._writing = asyncio.Lock()  # first come, first served: nobody starves
         self._group = asyncio.TaskGroup()
@@ -221,20 +199,21 @@ class _SocketClient:
             raise RateLimitExceededError(
                 f"{self._settings.socket_requests_max} requests run on this socket already"
             )
-        call = _Call(message.request_id, message.request, principal)
+        entropy = self._services.entropy
+        call = SocketCall(entropy.token(), message.request_id, message.request, principal)
         self._calls[call.request_id] = call
         self._alive_count += 1
         call.task = self._group.create_task(self._answer(call))
 
     def _cancel(self, request_id: str | None) -> None:
         call = self._calls.get(request_id)
-        if call is None or call.is_cancelled:
-            return  # it has ended meanwhile, and its last message is on the way
+        if call is None or call.is_cancelled or call.is_complete:
+            return  # its last message is on the way
         call.is_cancelled = True
         if call.task is not None and call.is_started:
             call.task.cancel()
 
-    async def _answer(self, call: _Call) -> None:
+    async def _answer(self, call: SocketCall) -> None:
         call.is_started = True
         try:
             last = await self._outcome(call)
@@ -243,19 +222,24 @@ class _SocketClient:
                 await self._send(message)
         finally:
             self._alive_count -= 1
+            if call.usage.total_tokens:
+                # The client, and this task with it, may be gone; the bill is not.
+                self._services.detached(
+                    self._services.usage.add(call.spending(self._services.clock.now_ms()))
+                )
 
-    async def _outcome(self, call: _Call) -> list[Json]:
+    async def _outcome(self, call: SocketCall) -> list[Json]:
         """Run a request; the messages it ends with."""
         try:
             if call.is_cancelled:
-                return [_end(call, FinishReason.CANCELLED)]
+                return call.cancelled()
             timeout_ms = call.wish.timeout or self._settings.timeout_default_ms
             async with asyncio.timeout(timeout_ms / 1000):
                 return await self._generate(call, self._services.clock.now_ms() + timeout_ms)
         except asyncio.CancelledError:
             if not call.is_cancelled:
                 raise
-            return [_end(call, FinishReason.CANCELLED)]
+            return call.cancelled()
         except (_CloseError, WebSocketDisconnect):
             raise
         except TimeoutError:
@@ -265,58 +249,33 @@ class _SocketClient:
         except Exception:
             logger.exception("a socket's request failed")
             error = ServeAppError("internal error; the log has it")
-        return _failure(call, error)
+        return call.failed(error)
 
-    async def _generate(self, call: _Call, deadline_ms: int) -> list[Json]:
+    async def _generate(self, call: SocketCall, deadline_ms: int) -> list[Json]:
         wish = call.wish
         if wish.session_id is None:
-            alone = (Message("user", wish.prompt),)
-            return await self._stream(call, self._request(call, alone, deadline_ms))
+            await self._stream(call, call.generation((Message("user", wish.prompt),), deadline_ms))
+            return call.ended()
         sessions = self._services.sessions
         workspace = call.principal.workspace
         async with sessions.turn(workspace, wish.session_id, wish.prompt) as turn:
             if wish.model not in {"", turn.session.model}:
                 raise InvalidRequestError(f"the session's model is {turn.session.model!r}")
-            request = self._request(call, turn.messages(wish.prompt), deadline_ms)
-            last = await self._stream(call, replace(request, model=turn.session.model))
+            request = call.generation(turn.messages(wish.prompt), deadline_ms)
+            await self._stream(call, replace(request, model=turn.session.model))
             if call.is_complete:
                 # Before the client hears of the end: what it has seen end is kept.
-                await sessions.keep(turn, wish.prompt, "".join(call.pieces))
-            return last
+                await sessions.keep(turn, wish.prompt, call.text)
+        return call.ended()
 
-    def _request(
-        self, call: _Call, messages: tuple[Message, ...], deadline_ms: int
-    ) -> GenerationRequest:
-        wish = call.wish
-        return GenerationRequest(
-            request_id=self._services.entropy.token(),
-            messages=messages,
-            model=wish.model,
-            max_tokens=wish.max_tokens,
-            temperature=wish.temperature,
-            top_p=wish.top_p,
-            tenant=call.principal.workspace,
-            session=wish.session_id or "",
-            stop=(wish.stop,) if isinstance(wish.stop, str) else wish.stop,
-            deadline_ms=deadline_ms,
-        )
-
-    async def _stream(self, call: _Call, request: GenerationRequest) -> list[Json]:
-        reason, text = FinishReason.STOP, ""
+    async def _stream(self, call: SocketCall, request: GenerationRequest) -> None:
+        """Send the pieces of an answer but the last, which waits for what must come before it."""
         async with aclosing(self._services.inference.generate(request, self._placement)) as chunks:
             async for chunk in chunks:
-                call.usage = chunk.usage or call.usage
-                call.pieces.append(chunk.text)
-                if chunk.finish_reason is not None:
-                    reason, text = chunk.finish_reason, chunk.text
-                elif call.wish.stream:
+                call.take(chunk)
+                if chunk.finish_reason is None and call.wish.stream:
                     call.has_spoken = True
                     await self._send(piece_message(call.request_id, chunk.text))
-        call.is_complete = reason is not FinishReason.CANCELLED
-        content = text if call.wish.stream else "".join(call.pieces)
-        # The engine's giving up is no reason that a chunk can have.
-        shown = reason if call.is_complete else None
-        return [piece_message(call.request_id, content, shown), _end(call, reason)]
 
     async def _receive(self) -> ClientMessage:
         """The next message.
@@ -375,13 +334,3 @@ def _fixed(principal: Principal) -> Callable[[], Awaitable[Principal]]:
         return principal
 
     return named
-
-
-def _end(call: _Call, reason: FinishReason) -> Json:
-    return end_message(call.request_id, call.usage, reason)
-
-
-def _failure(call: _Call, error: ServeAppError) -> list[Json]:
-    """An error, after a last chunk that says so where the client has seen others."""
-    failure = failure_message(call.request_id, call.usage, error)
-    return [broken_piece(call.request_id), failure] if call.has_spoken else [failure]
