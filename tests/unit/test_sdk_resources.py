@@ -36,6 +36,15 @@ DELIVERY = {
     "id": "d", "webhookId": "h", "eventId": "evt_1", "status": "failed", "nextAttemptAt": AT,
     "attempts": [{"at": AT, "status": 500, "latencyMs": 3, "error": None}],
 }  # fmt: skip
+HOST = {
+    "id": "h1", "apiUrl": "ws://x/hosts/h1", "models": ["m"], "region": "", "stake": "0",
+    "status": "ready", "latencyMs": None, "load": 0, "queuedTokens": 0, "kvUsage": 0.0,
+}  # fmt: skip
+SESSION = {
+    "id": "s1", "model": "m", "system": None, "messageCount": 0, "createdAt": AT,
+    "lastUsedAt": AT, "expiresAt": AT,
+}  # fmt: skip
+SAID = {"role": "user", "content": "hi", "createdAt": AT}
 YAML = "steps: [{id: echo, echo: {}}]"
 
 
@@ -122,6 +131,17 @@ CALLS: list[Case] = [
         ok({"token": "t", "expiresAt": AT}, 201), "POST /v1/stream-tokens",
         {"resource": "/stream/user/u1", "ttl": 60},
     ),
+    ("hosts.list", (), {}, ok({"hosts": [HOST]}), "GET /v1/hosts", None),
+    (
+        "hosts.select", ("m",), {"min_stake": "1.5", "max_latency": 200, "region": "eu"}, ok(HOST),
+        "POST /v1/hosts/select",
+        {"model": "m", "minStake": "1.5", "maxLatency": 200, "region": "eu"},
+    ),
+    ("sessions.create", ("m",), {"system": "s"}, ok(SESSION, 201), "POST /v1/sessions",
+     {"model": "m", "system": "s"}),
+    ("sessions.get", ("s/1",), {}, ok(SESSION), "GET /v1/sessions/s%2F1", None),
+    ("sessions.messages", ("s1",), {}, page(SAID), "GET /v1/sessions/s1/messages", None),
+    ("sessions.end", ("s1",), {}, NOTHING, "DELETE /v1/sessions/s1", None),
     (
         "usage", (), {"from_": NOON, "group_by": "day"},
         ok({"items": [{"day": "2026-11-21", "promptTokens": 1}], "totals": {"promptTokens": 1}}),
@@ -159,7 +179,7 @@ def test_every_method_of_a_resource_is_in_the_table() -> None:
         methods = {
             f"{name}.{method}"
             for name, resource in vars(client).items()
-            if not name.startswith("_")
+            if type(resource).__module__ == "inferpipe.resources"
             for method in dir(resource)
             if not method.startswith("_")
         }
