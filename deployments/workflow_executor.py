@@ -27,6 +27,7 @@ from serve_app.services.inference import Inference
 from serve_app.services.planner import Runtime
 from serve_app.settings import Settings
 from serve_app.steps import step_types
+from serve_app.steps.bounds import bounded
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class WorkflowExecutor:
         inference = Inference(
             ServeAdmission(router), self._link, self._clock, settings.resume_wait_s
         )
-        types = step_types(inference, JsonSchemas(), entropy)
+        types = bounded(step_types(inference, JsonSchemas(), entropy), settings.result_max_bytes)
         runtime = Runtime(
             self._stores.store,
             types,

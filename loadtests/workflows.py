@@ -28,7 +28,7 @@ from loadtests.service import (
     spread,
     tiny_service,
 )
-from serve_app.adapters.redis_store import partition_key
+from serve_app.adapters.redis_index import partition_key
 from serve_app.settings import Settings
 
 ROUNDS = 3

@@ -151,6 +151,18 @@ class Settings(BaseSettings):
     backlog_max: int = Field(
         10_000, ge=1, description="Executions waiting in one partition; beyond it 503."
     )
+    payload_inline_bytes: int = Field(
+        65_536,
+        ge=1024,
+        description="A stored record above it keeps its large members apart, to be read only where "
+        "they are needed.",
+    )
+    input_max_bytes: int = Field(
+        8 << 20, ge=1024, description="Largest input of an execution, as JSON; beyond it 413."
+    )
+    result_max_bytes: int = Field(
+        8 << 20, ge=1024, description="Largest result of a step, as JSON; beyond it the step fails."
+    )
     retention_s: int = Field(
         7 * 86400, ge=60, description="How long an ended execution can be read."
     )

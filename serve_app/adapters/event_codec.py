@@ -1,7 +1,8 @@
 """Events and snapshots as JSON, the form they have in the store.
 
-Owns the mapping between core's dataclasses and stored bytes. Invariant: what any release wrote,
-this one reads (`tests/replay`): members may be added with a default, never renamed.
+Owns the mapping between core's dataclasses and stored bytes; `payloads` splits what is large.
+Invariant: what any release wrote, this one reads (`tests/replay`): members may be added with a
+default, never renamed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from serve_app.adapters.payloads import NO_PAYLOADS, Splitter, joined
 from serve_app.core.execution import (
     KIND_OF,
     KINDS,
@@ -38,53 +40,73 @@ _EXECUTION_MEMBERS = tuple(
 _members_of = attrgetter(*_EXECUTION_MEMBERS)
 
 
-def encode_event(event: Event) -> tuple[str, bytes]:
-    """The kind and the JSON of an event."""
-    return KIND_OF[type(event)], orjson.dumps(event)
+def encode_event(event: Event, splitter: Splitter | None = None) -> tuple[str, bytes]:
+    """The kind and the JSON of an event; without a splitter it is whole."""
+    encode = orjson.dumps if splitter is None else splitter.encode
+    return KIND_OF[type(event)], encode(event)
 
 
-def decode_event(kind: str, data: bytes | str) -> Event:
-    """The event; an unknown kind is a KeyError: the journal is of a later release."""
-    members: dict[str, Any] = orjson.loads(data)
+def decode_event(
+    kind: str, data: bytes | str, payloads: Mapping[str, bytes] | None = NO_PAYLOADS
+) -> Event:
+    """The event; an unknown kind is a KeyError: the journal is of a later release.
+
+    `payloads` holds what was kept apart, by name; with None large members are null, for a list.
+    """
+    members = joined(data, payloads)
     if "usage" in members:
         members["usage"] = Usage(**members["usage"])
     for name in _TUPLES & members.keys():
-        members[name] = tuple(members[name])
+        members[name] = tuple(members[name] or ())
     if kind == "execution.created":
         members["retry"] = _retry(members["retry"])
     return KINDS[kind](**members)
 
 
-def decode_stored(seq: int, kind: str, data: bytes | str, commit_id: str) -> StoredEvent:
+def decode_stored(
+    seq: int,
+    kind: str,
+    data: bytes | str,
+    commit_id: str,
+    payloads: Mapping[str, bytes] = NO_PAYLOADS,
+) -> StoredEvent:
     """An entry of a journal."""
-    return StoredEvent(seq, commit_id, decode_event(kind, data))
+    return StoredEvent(seq, commit_id, decode_event(kind, data, payloads))
 
 
 def changed_fields(
-    before: Execution, after: Execution, events: Iterable[Event]
+    before: Execution,
+    after: Execution,
+    events: Iterable[Event],
+    splitter: Splitter | None = None,
 ) -> dict[str, bytes]:
     """The snapshot fields that the events changed; `seq` and `status` are the store's own.
 
     An event changes no step but its own, so that an execution with thousands costs no more.
     """
+    encode = orjson.dumps if splitter is None else splitter.encode
     changed: dict[str, bytes] = {}
     members = _members_of(after)
     if members != _members_of(before):
-        changed["x"] = orjson.dumps(dict(zip(_EXECUTION_MEMBERS, members, strict=True)))
+        changed["x"] = encode(dict(zip(_EXECUTION_MEMBERS, members, strict=True)))
     for step_id in {event.step_id: None for event in events if isinstance(event, STEP_EVENTS)}:
         step = after.steps[step_id]
         if before.steps.get(step_id) is not step:
-            changed[_STEP_FIELD + step_id] = orjson.dumps(step)
+            changed[_STEP_FIELD + step_id] = encode(step)
     return changed
 
 
-def decode_snapshot(execution_id: str, snapshot: Mapping[str, bytes]) -> Execution:
-    """The state that a snapshot's fields hold."""
-    created = decode_event("execution.created", snapshot["created"])
+def decode_snapshot(
+    execution_id: str,
+    snapshot: Mapping[str, bytes],
+    payloads: Mapping[str, bytes] | None = NO_PAYLOADS,
+) -> Execution:
+    """The state that a snapshot's fields hold; `payloads` as for `decode_event`."""
+    created = decode_event("execution.created", snapshot["created"], payloads)
     assert isinstance(created, ExecutionCreated), "the field holds nothing else"
     new = new_execution(execution_id, created)
     changed = {
-        name.removeprefix(_STEP_FIELD): _step(orjson.loads(value))
+        name.removeprefix(_STEP_FIELD): _step(joined(value, payloads))
         for name, value in snapshot.items()
         if name.startswith(_STEP_FIELD)
     }
@@ -95,7 +117,7 @@ def decode_snapshot(execution_id: str, snapshot: Mapping[str, bytes]) -> Executi
         steps={**new.steps, **changed},
         live=None,
     )
-    return replace(execution, **orjson.loads(snapshot["x"])) if "x" in snapshot else execution
+    return replace(execution, **joined(snapshot["x"], payloads)) if "x" in snapshot else execution
 
 
 def _step(members: dict[str, Any]) -> StepState:

@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 import msgpack
 
 from serve_app.adapters.event_codec import decode_event, decode_stored
+from serve_app.adapters.payloads import references
+from serve_app.adapters.redis_index import partition_key
 from serve_app.adapters.redis_nodes import RedisNodes
-from serve_app.adapters.redis_store import partition_key
 from serve_app.adapters.redis_subscription import Message, RedisSubscription
 from serve_app.core.execution import ExecutionCreated, new_execution
 from serve_app.core.journal import (
@@ -66,12 +67,14 @@ def _notice(channel: str, data: bytes) -> Notice:
         return ReadyRang(partition) if kind == "ready" else DeliveriesDue(partition)
     if kind == "start":
         execution_id, token, created = members
-        if not created:
+        if not created or references((created,)):
             return Assigned(execution_id, token, None)
         event = decode_event("execution.created", created)
         assert isinstance(event, ExecutionCreated), "a start carries nothing else"
         return Assigned(execution_id, token, new_execution(execution_id, event))
     execution_id, first_seq, last_seq, events = members
+    if references(payload for _, payload, _ in events or ()):
+        events = ()  # whoever is told reads them, payloads and all
     stored = tuple(
         decode_stored(first_seq + index, kind, payload, commit_id)
         for index, (kind, payload, commit_id) in enumerate(events or ())

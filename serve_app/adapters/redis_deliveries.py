@@ -11,7 +11,7 @@ import orjson
 
 from serve_app.adapters.metrics import webhook_tried
 from serve_app.adapters.redis_calls import RedisCalls
-from serve_app.adapters.redis_store import partition_key
+from serve_app.adapters.redis_index import partition_key
 from serve_app.core.delivery import (
     Attempt,
     ClaimedDelivery,

@@ -8,6 +8,7 @@
 --
 --   p:s:<execution>        hash    snapshot: seq owner status ws wf at prio watch created x st:<step>
 --   p:j:<execution>        stream  journal: id "<seq>-0", fields k (kind) d (JSON) c (commit id)
+--   p:b:<execution>        hash    payloads above the inline bound, by the name records refer to
 --   p:ready                zset    executions without an owner that have work; score: priority, age
 --   p:timers               zset    parked executions; score: when to wake, Unix ms
 --   p:workers              zset    live workers; score: when the lease runs out, Unix ms
@@ -41,7 +42,7 @@
 --   ip:{config}:metrics       hash  process -> when and what it last published of its metrics
 --   ip:{config}:once:<digest> hash  body, claim, answer of one Idempotency-Key; 60 s, with an answer 24 h
 --
--- Snapshot and journal expire `retention` ms after the terminal event; everything else goes with
+-- Snapshot, journal and payloads expire `retention` ms after the terminal event; everything else goes with
 -- its owner. Times are the server's own (TIME), so workers need not agree on the hour.
 
 local WATCHERS_MAX = 8        -- ingresses told of one execution; the oldest is dropped, it re-reads
@@ -141,13 +142,22 @@ local function is_new(p, message_id)
   return true
 end
 
--- create: eid commit_id data ws workflow created_ms priority watcher backlog_max fields_n (name value)*
+-- Keep the payloads that stand in the arguments from `at`: n (name bytes)*
+local function keep_payloads(p, eid, args, at)
+  for i = 1, tonumber(args[at]) do
+    redis.call('HSET', p .. ':b:' .. eid, args[at + 2 * i - 1], args[at + 2 * i])
+  end
+  return at + 1 + 2 * tonumber(args[at])
+end
+
+-- create: eid commit_id data ws workflow created_ms priority watcher backlog_max payloads_n (name bytes)*
 local function create(keys, args)
   local p, eid = keys[1], args[1]
   local s = p .. ':s:' .. eid
   if redis.call('EXISTS', s) == 1 then return {'same', redis.call('HGETALL', s)} end
   if redis.call('ZCARD', p .. ':ready') >= tonumber(args[9]) then return {'overloaded'} end
   local ws, workflow, at = args[4], args[5], args[6]
+  keep_payloads(p, eid, args, 10)
   redis.call('XADD', p .. ':j:' .. eid, '1-0', 'k', 'execution.created', 'd', args[3], 'c', args[2])
   redis.call('HSET', s, 'seq', '1', 'owner', '', 'status', 'pending', 'ws', ws, 'wf', workflow,
     'at', at, 'prio', args[7], 'watch', args[8], 'created', args[3])
@@ -159,7 +169,7 @@ local function create(keys, args)
 end
 
 -- commit: eid commit_id expected token status verb arg events_n (kind data)* fields_n (name value)*
---         out_n (message_id target body)* [what `book` takes, with verb end]
+--         out_n (message_id target body)* payloads_n (name bytes)* [what `book` takes, with verb end]
 -- verb: keep | park (arg: wake ms) | end (arg: retention ms) | append (by somebody else than the owner)
 local function commit(keys, args)
   local p, eid, commit_id, token, verb = keys[1], args[1], args[2], args[4], args[6]
@@ -190,6 +200,7 @@ local function commit(keys, args)
     redis.call('XADD', p .. ':outbox', '*', 'm', args[at + 1], 't', args[at + 2], 'b', args[at + 3])
     at = at + 3
   end
+  at = keep_payloads(p, eid, args, at + 1)
   local worker = string.match(owner, '^(.*)/')
   if verb == 'park' or verb == 'end' then
     set[#set + 1], set[#set + 2] = 'owner', ''
@@ -205,7 +216,8 @@ local function commit(keys, args)
   elseif verb == 'end' then
     redis.call('PEXPIRE', s, args[7])
     redis.call('PEXPIRE', p .. ':j:' .. eid, args[7])
-    book(p, h[4], args, at + 1)
+    redis.call('PEXPIRE', p .. ':b:' .. eid, args[7])
+    book(p, h[4], args, at)
   end
   tell(p, h[6], verb == 'append' and worker, eid, seq + 1, events, size)
   if verb == 'append' and owner == '' then

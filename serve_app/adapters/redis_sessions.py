@@ -7,7 +7,7 @@ whoever stands first in the session's line at that moment.
 import orjson
 
 from serve_app.adapters.redis_calls import RedisCalls
-from serve_app.adapters.redis_store import partition_key
+from serve_app.adapters.redis_index import partition_key
 from serve_app.core.session import Session, SessionLimits, SessionMessage, session_partition
 from serve_app.ports import TurnLine
 

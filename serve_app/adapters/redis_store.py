@@ -6,8 +6,11 @@ Invariant: one transition is one function call; nothing here reads, decides and 
 
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any
+
+import orjson
 
 from serve_app.adapters.event_codec import (
     changed_fields,
@@ -16,9 +19,17 @@ from serve_app.adapters.event_codec import (
     encode_event,
 )
 from serve_app.adapters.metrics import execution_ended
+from serve_app.adapters.payloads import (
+    INLINE_BYTES,
+    NO_PAYLOADS,
+    Splitter,
+    references,
+    size_of,
+)
 from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_index import Flat, RedisIndex, fields_of, partition_key
 from serve_app.adapters.redis_usage import booking_args
-from serve_app.core.errors import OverloadedError
+from serve_app.core.errors import BodyTooLargeError, OverloadedError, StoreUnavailableError
 from serve_app.core.execution import Execution, ExecutionCreated, Status, new_execution
 from serve_app.core.journal import (
     Commit,
@@ -38,12 +49,24 @@ from serve_app.ports import Accepted, ListQuery
 DAY_MS = 24 * 3600 * 1000
 # Logs that are more than a list: what applies a message there, by the word before the colon.
 APPLIED_BY = MappingProxyType({"webhook": "ip1_webhook_accept"})
-_SAME_MS_MAX = 64  # executions of one millisecond in one partition; far above what it can accept
 
 
-def partition_key(partition: int) -> str:
-    """The key prefix of a partition; its braces make it one slot."""
-    return f"ip:{{{partition}}}"
+@dataclass(frozen=True, slots=True)
+class PayloadLimits:
+    """What may be large, and how large.
+
+    Args:
+        inline_bytes: a stored record above it keeps its large members apart.
+        input_bytes: an execution's input, as JSON.
+        page_bytes: payloads read with one page of a journal; the page ends there.
+    """
+
+    inline_bytes: int = INLINE_BYTES
+    input_bytes: int = 8 << 20
+    page_bytes: int = 16 << 20
+
+
+DEFAULT_PAYLOADS = PayloadLimits()
 
 
 class RedisStore:
@@ -57,12 +80,15 @@ class RedisStore:
         backlog_max: int,
         retention_ms: int,
         usage_kept_ms: int = 400 * DAY_MS,
+        payloads: PayloadLimits = DEFAULT_PAYLOADS,
     ) -> None:
         self._calls = calls
         self._partition_count = partition_count
         self._backlog_max = backlog_max
         self._retention_ms = retention_ms
         self._usage_kept_ms = usage_kept_ms
+        self._payloads = payloads
+        self._index = RedisIndex(calls, partition_count)
 
     @property
     def partition_count(self) -> int:
@@ -73,7 +99,9 @@ class RedisStore:
         self, execution_id: str, created: ExecutionCreated, commit_id: str, watcher: str
     ) -> Accepted:
         """See `ports.ExecutionStore`."""
-        _, data = encode_event(created)
+        splitter = self._splitter()
+        _, data = encode_event(created, splitter)
+        self._check_input(created, len(data) + sum(map(len, splitter.payloads.values())))
         answer = await self._calls.fcall(
             "ip1_create",
             self._key(execution_id),
@@ -86,11 +114,15 @@ class RedisStore:
             created.priority,
             watcher,
             self._backlog_max,
+            *_payload_args(splitter),
         )
         if answer[0] == b"new":
             return Accepted(is_new=True, execution=new_execution(execution_id, created))
         if answer[0] == b"same":
-            return Accepted(is_new=False, execution=_snapshot(execution_id, answer[1]))
+            execution = await self._execution(execution_id, answer[1])
+            if execution is not None:
+                return Accepted(is_new=False, execution=execution)
+            raise StoreUnavailableError(f"{execution_id} is being forgotten; try again")
         raise OverloadedError(
             f"{self._backlog_max} executions wait in this partition already; try again later"
         )
@@ -109,9 +141,10 @@ class RedisStore:
             argument,
             len(commit.events),
         ]
+        splitter = self._splitter()
         for event in commit.events:
-            args.extend(encode_event(event))
-        changed = changed_fields(before, after, commit.events)
+            args.extend(encode_event(event, splitter))
+        changed = changed_fields(before, after, commit.events, splitter)
         args.append(len(changed))
         for name, value in changed.items():
             args.extend((name, value))
@@ -119,6 +152,7 @@ class RedisStore:
         for message in commit.outgoing:
             target = f"{message.target_partition}:{message.log}"
             args.extend((message.message_id, target, message.body))
+        args.extend(_payload_args(splitter))
         if verb == "end":
             args.extend(booking_args(spending_of(after), self._usage_kept_ms))
         answer = await self._calls.fcall("ip1_commit", self._key(after.id), *args)
@@ -127,77 +161,40 @@ class RedisStore:
                 execution_ended(after.status)
             return Committed(ready_depth=int(answer[1]))
         if answer[0] in (b"same", b"conflict"):
-            return Conflict(_stored(answer[1]), is_ours=answer[0] == b"same")
+            rows = [(int(seq), kind, data, cid) for seq, kind, data, cid in answer[1]]
+            missed = await self._stored(after.id, rows)
+            return Conflict(missed, is_ours=answer[0] == b"same")
         return Stale()
 
     async def load(self, execution_id: str) -> Execution | None:
         """See `ports.ExecutionStore`."""
         key = f"{self._key(execution_id)}:s:{execution_id}"
-        return _snapshot_or_none(execution_id, await self._calls.call("HGETALL", key))
+        return await self._execution(execution_id, await self._calls.call("HGETALL", key))
 
     async def read(self, execution_id: str, after: int, limit: int) -> Sequence[StoredEvent]:
         """See `ports.ExecutionStore`."""
         key = f"{self._key(execution_id)}:j:{execution_id}"
         rows = await self._calls.call("XRANGE", key, f"{after}-1", "+", "COUNT", limit)
-        return tuple(
-            decode_stored(
-                int(entry_id.split(b"-")[0]),
-                members[b"k"].decode(),
-                members[b"d"],
-                members[b"c"].decode(),
-            )
-            for entry_id, members in rows
-        )
+        found: list[tuple[int, bytes, bytes, bytes]] = []
+        room = self._payloads.page_bytes
+        for entry_id, members in rows:
+            room -= sum(map(size_of, references((members[b"d"],))))
+            if found and room < 0:
+                break
+            seq = int(entry_id.split(b"-")[0])
+            found.append((seq, members[b"k"], members[b"d"], members[b"c"]))
+        return await self._stored(execution_id, found)
 
     async def watch(self, execution_id: str, watcher: str) -> Execution | None:
         """See `ports.ExecutionStore`."""
         answer = await self._calls.fcall(
             "ip1_watch", self._key(execution_id), execution_id, watcher
         )
-        return _snapshot_or_none(execution_id, answer)
+        return await self._execution(execution_id, answer)
 
     async def recent(self, wanted: ListQuery) -> Sequence[Execution]:
-        """See `ports.ExecutionStore`.
-
-        Each partition has its own index, so the newest of each are merged; the status index is
-        the narrower one, so a workflow is then looked for among its members.
-        """
-        found: list[Execution] = []
-        before = wanted.before
-        while len(found) < wanted.limit:
-            page = await self._newest_ids(wanted, before)
-            if not page:
-                break
-            loaded = await asyncio.gather(*(self.load(execution_id) for _, execution_id in page))
-            found += [execution for execution in loaded if _matches(execution, wanted)]
-            before = page[-1]
-        return found[: wanted.limit]
-
-    async def _newest_ids(
-        self, wanted: ListQuery, before: tuple[int, str] | None
-    ) -> list[tuple[int, str]]:
-        suffix = f":ix:{wanted.workspace}"
-        if wanted.status is not None:
-            suffix += f":st:{wanted.status}"
-        elif wanted.workflow_id is not None:
-            suffix += f":wf:{wanted.workflow_id}"
-        newest = "+inf" if before is None else str(before[0])
-        # A few more than asked for: those of the cursor's own millisecond are seen again.
-        count = wanted.limit + _SAME_MS_MAX
-        pages = await asyncio.gather(
-            *(
-                self._calls.call(
-                    "ZREVRANGEBYSCORE", partition_key(p) + suffix, newest, "-inf", "WITHSCORES",
-                    "LIMIT", 0, count,
-                )
-                for p in range(self._partition_count)
-            )
-        )  # fmt: skip
-        merged = sorted(
-            ((int(score), member.decode()) for page in pages for member, score in page),
-            reverse=True,
-        )
-        return [one for one in merged if before is None or one < before][: wanted.limit]
+        """See `ports.ExecutionStore`."""
+        return await self._index.recent(wanted)
 
     async def live_workers(self) -> int:
         """See `ports.ExecutionStore`."""
@@ -231,12 +228,12 @@ class RedisStore:
     async def claim(self, partition: int, worker_id: str, limit: int) -> Sequence[Owned]:
         """See `ports.WorkerStore`."""
         rows = await self._calls.fcall("ip1_claim", partition_key(partition), worker_id, limit)
-        return tuple(_owned(rows))
+        return await self._owned(rows)
 
     async def owned(self, partition: int, worker_id: str) -> Sequence[Owned]:
         """See `ports.WorkerStore`."""
         rows = await self._calls.fcall("ip1_owned", partition_key(partition), worker_id)
-        return tuple(_owned(rows))
+        return await self._owned(rows)
 
     async def reap(self, partition: int, worker_id: str) -> int:
         """See `ports.WorkerStore`."""
@@ -272,6 +269,52 @@ class RedisStore:
             raise failures[0]
         return len(rows)
 
+    async def _execution(self, execution_id: str, flat: Flat) -> Execution | None:
+        snapshot = fields_of(flat)
+        payloads = await self._fetch(execution_id, snapshot.values()) if snapshot else None
+        return None if payloads is None else decode_snapshot(execution_id, snapshot, payloads)
+
+    async def _owned(self, rows: Iterable[Any]) -> tuple[Owned, ...]:
+        found = []
+        for execution_id, token, flat in rows:
+            execution = await self._execution(execution_id.decode(), flat)
+            if execution is not None:
+                found.append(Owned(token.decode(), execution))
+        return tuple(found)
+
+    async def _stored(
+        self, execution_id: str, rows: Sequence[tuple[int, bytes, bytes, bytes]]
+    ) -> tuple[StoredEvent, ...]:
+        payloads = await self._fetch(execution_id, (data for _, _, data, _ in rows))
+        if payloads is None:
+            return ()
+        return tuple(
+            decode_stored(seq, kind.decode(), data, commit_id.decode(), payloads)
+            for seq, kind, data, commit_id in rows
+        )
+
+    async def _fetch(
+        self, execution_id: str, records: Iterable[bytes]
+    ) -> Mapping[str, bytes] | None:
+        """The payloads that records refer to; None when they expired under our hands."""
+        names = references(records)
+        if not names:
+            return NO_PAYLOADS
+        key = f"{self._key(execution_id)}:b:{execution_id}"
+        found = await self._calls.call("HMGET", key, *names)
+        return None if None in found else dict(zip(names, found, strict=True))
+
+    def _splitter(self) -> Splitter:
+        return Splitter(self._payloads.inline_bytes)
+
+    def _check_input(self, created: ExecutionCreated, size: int) -> None:
+        # The sum is of the whole record: only where it is above the limit the input is measured.
+        limit = self._payloads.input_bytes
+        if size > limit and (size := len(orjson.dumps(created.input))) > limit:
+            raise BodyTooLargeError(
+                f"the input takes {size} bytes; INFERPIPE_INPUT_MAX_BYTES allows {limit}"
+            )
+
     def _key(self, execution_id: str) -> str:
         partition = partition_of(execution_id, self._partition_count)
         # An id of no partition is nobody's; any partition answers that it is unknown.
@@ -290,36 +333,13 @@ def _verb(commit: Commit, retention_ms: int) -> tuple[str, int]:
     return "keep", 0
 
 
-def _matches(execution: Execution | None, wanted: ListQuery) -> TypeGuard[Execution]:
-    """Whether it is still there and still what the index said when it was read."""
-    return (
-        execution is not None
-        and wanted.status in (None, execution.status)
-        and wanted.workflow_id in (None, execution.created.workflow_id)
-    )
-
-
 def _outgoing(members: Mapping[bytes, bytes]) -> Outgoing:
     partition_text, _, log = members[b"t"].decode().partition(":")
     return Outgoing(members[b"m"].decode(), int(partition_text), log, members[b"b"])
 
 
-def _stored(rows: Iterable[Any]) -> tuple[StoredEvent, ...]:
-    return tuple(
-        decode_stored(int(seq), kind.decode(), data, commit_id.decode())
-        for seq, kind, data, commit_id in rows
-    )
-
-
-def _owned(rows: Iterable[Any]) -> Iterable[Owned]:
-    for execution_id, token, snapshot in rows:
-        yield Owned(token.decode(), _snapshot(execution_id.decode(), snapshot))
-
-
-def _snapshot_or_none(execution_id: str, flat: Sequence[bytes]) -> Execution | None:
-    return _snapshot(execution_id, flat) if flat else None
-
-
-def _snapshot(execution_id: str, flat: Sequence[bytes] | Mapping[bytes, bytes]) -> Execution:
-    pairs = flat.items() if isinstance(flat, Mapping) else zip(flat[::2], flat[1::2], strict=True)
-    return decode_snapshot(execution_id, {name.decode(): value for name, value in pairs})
+def _payload_args(splitter: Splitter) -> list[str | bytes | int]:
+    args: list[str | bytes | int] = [len(splitter.payloads)]
+    for name, payload in splitter.payloads.items():
+        args += (name, payload)
+    return args

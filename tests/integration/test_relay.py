@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.adapters.redis_store import partition_key
+from serve_app.adapters.redis_index import partition_key
 from serve_app.core.execution import Execution, ExecutionCreated
 from serve_app.core.journal import Outgoing, execution_id
 from serve_app.services.executor import WorkerLimits

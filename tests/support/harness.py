@@ -10,7 +10,7 @@ from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, ingress_channels, worker_channels
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
-from serve_app.adapters.redis_store import RedisStore
+from serve_app.adapters.redis_store import DEFAULT_PAYLOADS, PayloadLimits, RedisStore
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.core.definition import parse_workflow
 from serve_app.core.errors import UnknownWorkflowError
@@ -53,7 +53,9 @@ class Harness:
         default_factory=lambda: WorkerLimits(lease_ttl_ms=1500, heartbeat_ms=200)
     )
     backlog_max: int = 1000
+    retention_ms: int = 600_000
     ack_replicas: int = 0
+    payloads: PayloadLimits = DEFAULT_PAYLOADS
     on_end: OnEnd = tell_nobody
 
     def __post_init__(self) -> None:
@@ -76,7 +78,11 @@ class Harness:
         nodes = RedisNodes(RedisOptions(tuple(self.url.split(",")), ack_replicas=self.ack_replicas))
         calls = RedisCalls(nodes, self.clock)
         store = RedisStore(
-            calls, partition_count=PARTITIONS, backlog_max=self.backlog_max, retention_ms=600_000
+            calls,
+            partition_count=PARTITIONS,
+            backlog_max=self.backlog_max,
+            retention_ms=self.retention_ms,
+            payloads=self.payloads,
         )
         self.calls.append(calls)
         return nodes, store
