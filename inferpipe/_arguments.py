@@ -81,6 +81,11 @@ def count(text: str) -> int:
 ID = arg("id", metavar="ID")
 LIMIT = arg("--limit", type=count, default=LIMIT_DEFAULT, metavar="N", help="at most so many (20)")
 FILE = arg("file", metavar="FILE", help="a definition in YAML or JSON; - for stdin")
+DELIVERY_STATUS = arg(
+    "--status",
+    choices=("pending", "delivered", "failed", "dead"),
+    help="those in this state alone",
+)
 WORKFLOW_ID = arg("--workflow-id", metavar="ID", help="of this workflow alone")
 
 RUN = Command(
@@ -206,19 +211,14 @@ GROUPS: dict[str, tuple[str, Sequence[Command]]] = {
                 ),
             ),
             Command("test", "send a webhook.test", commands.test_webhook, (ID,)),
-            Command("deliveries", "list what was sent", commands.list_deliveries, (ID, LIMIT)),
             Command(
-                "replay",
-                "send deliveries again",
-                commands.replay_webhook,
-                (
-                    ID,
-                    arg(
-                        "--status",
-                        choices=("pending", "delivered", "failed", "dead"),
-                        help="those in this state alone",
-                    ),
-                ),
+                "deliveries",
+                "list what was sent",
+                commands.list_deliveries,
+                (ID, DELIVERY_STATUS, LIMIT),
+            ),
+            Command(
+                "replay", "send deliveries again", commands.replay_webhook, (ID, DELIVERY_STATUS)
             ),
             Command("delete", "remove an endpoint", commands.delete_webhook, (ID,)),
         ),

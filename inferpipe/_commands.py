@@ -23,8 +23,8 @@ from inferpipe.wire import ExecutionResult, UsageItem
 EXECUTION_COLUMNS = ("id", "status", "workflow_id", "created_at", "error")
 WORKFLOW_COLUMNS = ("id", "version", "created_at")
 KEY_COLUMNS = ("id", "name", "scopes", "prefix", "expires_at")
-WEBHOOK_COLUMNS = ("id", "url", "events", "workflow_id", "enabled")
-DELIVERY_COLUMNS = ("id", "event_id", "status", "next_attempt_at")
+WEBHOOK_COLUMNS = ("id", "url", "events", "workflow_id", "enabled", "disabled_reason")
+DELIVERY_COLUMNS = ("id", "event_id", "event_type", "status", "next_attempt_at")
 USAGE_COLUMNS = ("requests", "prompt_tokens", "completion_tokens", "total_tokens")
 SPANS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 
@@ -190,20 +190,22 @@ def delete_webhook(client: InferPipe, args: argparse.Namespace) -> int:
 
 def test_webhook(client: InferPipe, args: argparse.Namespace) -> int:
     """`inferpipe webhooks test`."""
-    client.webhooks.test(args.id)
+    print_value(client.webhooks.test(args.id))
     return OK
 
 
 def list_deliveries(client: InferPipe, args: argparse.Namespace) -> int:
     """`inferpipe webhooks deliveries`."""
-    found = client.webhooks.deliveries(args.id)
+    found = client.webhooks.deliveries(args.id, status=args.status)
     print_rows(found, DELIVERY_COLUMNS, as_json=args.json, limit=args.limit)
     return OK
 
 
 def replay_webhook(client: InferPipe, args: argparse.Namespace) -> int:
     """`inferpipe webhooks replay`."""
-    client.webhooks.replay(args.id, status=args.status)
+    done = client.webhooks.replay(args.id, status=args.status)
+    rest = "" if done.is_complete else ", not all: run this again"
+    print_value(done if args.json else f"{done.replayed} deliveries are sent again{rest}")
     return OK
 
 

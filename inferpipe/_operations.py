@@ -19,6 +19,7 @@ from inferpipe._stream import completed
 from inferpipe.errors import InferPipeProtocolError
 from inferpipe.wire import (
     DeliveryList,
+    DeliveryView,
     ExecutionInfo,
     ExecutionList,
     ExecutionRecord,
@@ -31,6 +32,7 @@ from inferpipe.wire import (
     KeyList,
     KeyRequest,
     KeyView,
+    Replayed,
     ReplayRequest,
     RotateSecretRequest,
     SessionMessageList,
@@ -94,6 +96,7 @@ def next_cursor(page: Page[object], cursor: str | None) -> str | None:
     return page.next_cursor
 
 
+DeliveryStatus = Literal["pending", "delivered", "failed", "dead"]
 Definition = Mapping[str, Any] | str
 """A workflow's definition: an object, or the text of a YAML file."""
 
@@ -245,9 +248,9 @@ def delete_webhook(webhook_id: str) -> Operation[None]:
     return _delete(_webhook(webhook_id))
 
 
-def test_webhook(webhook_id: str) -> Operation[None]:
+def test_webhook(webhook_id: str) -> Operation[DeliveryView]:
     """`POST /v1/webhooks/{id}/test`."""
-    return Operation(_post(_webhook(webhook_id, "/test")), _nothing)
+    return _read(_post(_webhook(webhook_id, "/test")), DeliveryView)
 
 
 def rotate_secret(webhook_id: str, overlap_ms: int | None) -> Operation[WebhookSecret]:
@@ -256,26 +259,31 @@ def rotate_secret(webhook_id: str, overlap_ms: int | None) -> Operation[WebhookS
     return _read(_post(_webhook(webhook_id, "/rotate-secret"), body), WebhookSecret)
 
 
+def get_delivery(delivery_id: str) -> Operation[DeliveryView]:
+    """`GET /v1/deliveries/{id}`."""
+    return _read(_get(calls.path_below("/v1/deliveries", delivery_id)), DeliveryView)
+
+
 def list_deliveries(
-    webhook_id: str, page_size: int | None, cursor: str | None
+    webhook_id: str, status: DeliveryStatus | None, page_size: int | None, cursor: str | None
 ) -> Operation[DeliveryList]:
     """`GET /v1/webhooks/{id}/deliveries`."""
-    query = {"limit": page_size, "cursor": cursor}
+    query = {"status": status, "limit": page_size, "cursor": cursor}
     return _read(_get(_webhook(webhook_id, "/deliveries"), query), DeliveryList)
 
 
-def replay_delivery(delivery_id: str) -> Operation[None]:
+def replay_delivery(delivery_id: str) -> Operation[DeliveryView]:
     """`POST /v1/deliveries/{id}/replay`."""
     path = calls.path_below("/v1/deliveries", delivery_id) + "/replay"
-    return Operation(_post(path), _nothing)
+    return _read(_post(path), DeliveryView)
 
 
 def replay_webhook(
-    webhook_id: str, status: str | None, from_: datetime | None, to: datetime | None
-) -> Operation[None]:
+    webhook_id: str, status: DeliveryStatus | None, from_: datetime | None, to: datetime | None
+) -> Operation[Replayed]:
     """`POST /v1/webhooks/{id}/replay`."""
     body = calls.body_of(ReplayRequest, _given({"status": status, "from": from_, "to": to}))
-    return Operation(_post(_webhook(webhook_id, "/replay"), body), _nothing)
+    return _read(_post(_webhook(webhook_id, "/replay"), body), Replayed)
 
 
 def create_stream_token(resource: str, ttl_s: int | None) -> Operation[StreamTokenView]:

@@ -123,6 +123,13 @@ class ReplayRequest(RequestModel):
     to: Timestamp | None = None
 
 
+class Replayed(WireModel):
+    """How many deliveries are sent again; where `is_complete` is false, ask again for the rest."""
+
+    replayed: Count
+    is_complete: bool = True
+
+
 class StreamTokenRequest(RequestModel):
     """A token for one path; `ttl` in seconds."""
 

@@ -12,7 +12,7 @@ from inferpipe import _operations as operations
 from inferpipe._calls import execution_call
 from inferpipe._config import KeyLimits, WebhookOptions
 from inferpipe._http import AsyncRunner
-from inferpipe._operations import Definition
+from inferpipe._operations import Definition, DeliveryStatus
 from inferpipe.streams import AsyncExecutionStream
 from inferpipe.wire import (
     DeliveryView,
@@ -21,6 +21,7 @@ from inferpipe.wire import (
     ExecutionStatus,
     HostView,
     KeyView,
+    Replayed,
     SessionMessageView,
     SessionView,
     StreamTokenView,
@@ -196,9 +197,9 @@ class AsyncWebhooks:
         """Remove an endpoint; what is due to it is dropped."""
         await self._runner.ask(operations.delete_webhook(webhook_id))
 
-    async def test(self, webhook_id: str) -> None:
-        """Send it a `webhook.test`."""
-        await self._runner.ask(operations.test_webhook(webhook_id))
+    async def test(self, webhook_id: str) -> DeliveryView:
+        """Send it a `webhook.test`; return its delivery."""
+        return await self._runner.ask(operations.test_webhook(webhook_id))
 
     async def rotate_secret(
         self, webhook_id: str, *, overlap_ms: int | None = None
@@ -207,27 +208,35 @@ class AsyncWebhooks:
         return await self._runner.ask(operations.rotate_secret(webhook_id, overlap_ms))
 
     def deliveries(
-        self, webhook_id: str, *, page_size: int | None = None
+        self,
+        webhook_id: str,
+        *,
+        status: DeliveryStatus | None = None,
+        page_size: int | None = None,
     ) -> AsyncIterator[DeliveryView]:
-        """Yield what was sent to an endpoint, newest first."""
+        """Yield what was sent to an endpoint, newest first, with every try."""
         return self._runner.items(
-            lambda cursor: operations.list_deliveries(webhook_id, page_size, cursor)
+            lambda cursor: operations.list_deliveries(webhook_id, status, page_size, cursor)
         )
+
+    async def delivery(self, delivery_id: str) -> DeliveryView:
+        """Return one delivery, with every try."""
+        return await self._runner.ask(operations.get_delivery(delivery_id))
 
     async def replay(
         self,
         webhook_id: str,
         *,
-        status: Literal["pending", "delivered", "failed", "dead"] | None = None,
+        status: DeliveryStatus | None = None,
         from_: datetime | None = None,
         to: datetime | None = None,
-    ) -> None:
+    ) -> Replayed:
         """Send an endpoint's deliveries again: those of a status, made between two moments."""
-        await self._runner.ask(operations.replay_webhook(webhook_id, status, from_, to))
+        return await self._runner.ask(operations.replay_webhook(webhook_id, status, from_, to))
 
-    async def replay_delivery(self, delivery_id: str) -> None:
+    async def replay_delivery(self, delivery_id: str) -> DeliveryView:
         """Send one delivery again, whatever became of it."""
-        await self._runner.ask(operations.replay_delivery(delivery_id))
+        return await self._runner.ask(operations.replay_delivery(delivery_id))
 
 
 class AsyncStreamTokens:

@@ -13,7 +13,7 @@ from inferpipe import _operations as operations
 from inferpipe._calls import execution_call
 from inferpipe._config import KeyLimits, WebhookOptions
 from inferpipe._http import Runner
-from inferpipe._operations import Definition
+from inferpipe._operations import Definition, DeliveryStatus
 from inferpipe.streams import ExecutionStream
 from inferpipe.wire import (
     DeliveryView,
@@ -22,6 +22,7 @@ from inferpipe.wire import (
     ExecutionStatus,
     HostView,
     KeyView,
+    Replayed,
     SessionMessageView,
     SessionView,
     StreamTokenView,
@@ -197,36 +198,44 @@ class Webhooks:
         """Remove an endpoint; what is due to it is dropped."""
         self._runner.ask(operations.delete_webhook(webhook_id))
 
-    def test(self, webhook_id: str) -> None:
-        """Send it a `webhook.test`."""
-        self._runner.ask(operations.test_webhook(webhook_id))
+    def test(self, webhook_id: str) -> DeliveryView:
+        """Send it a `webhook.test`; return its delivery."""
+        return self._runner.ask(operations.test_webhook(webhook_id))
 
     def rotate_secret(self, webhook_id: str, *, overlap_ms: int | None = None) -> WebhookSecret:
         """Make a new secret; for `overlap_ms` deliveries carry a signature of the old one too."""
         return self._runner.ask(operations.rotate_secret(webhook_id, overlap_ms))
 
     def deliveries(
-        self, webhook_id: str, *, page_size: int | None = None
+        self,
+        webhook_id: str,
+        *,
+        status: DeliveryStatus | None = None,
+        page_size: int | None = None,
     ) -> Iterator[DeliveryView]:
-        """Yield what was sent to an endpoint, newest first."""
+        """Yield what was sent to an endpoint, newest first, with every try."""
         return self._runner.items(
-            lambda cursor: operations.list_deliveries(webhook_id, page_size, cursor)
+            lambda cursor: operations.list_deliveries(webhook_id, status, page_size, cursor)
         )
+
+    def delivery(self, delivery_id: str) -> DeliveryView:
+        """Return one delivery, with every try."""
+        return self._runner.ask(operations.get_delivery(delivery_id))
 
     def replay(
         self,
         webhook_id: str,
         *,
-        status: Literal["pending", "delivered", "failed", "dead"] | None = None,
+        status: DeliveryStatus | None = None,
         from_: datetime | None = None,
         to: datetime | None = None,
-    ) -> None:
+    ) -> Replayed:
         """Send an endpoint's deliveries again: those of a status, made between two moments."""
-        self._runner.ask(operations.replay_webhook(webhook_id, status, from_, to))
+        return self._runner.ask(operations.replay_webhook(webhook_id, status, from_, to))
 
-    def replay_delivery(self, delivery_id: str) -> None:
+    def replay_delivery(self, delivery_id: str) -> DeliveryView:
         """Send one delivery again, whatever became of it."""
-        self._runner.ask(operations.replay_delivery(delivery_id))
+        return self._runner.ask(operations.replay_delivery(delivery_id))
 
 
 class StreamTokens:

@@ -20,6 +20,7 @@ def test_example_of_the_guide(
                  "TEST_API_KEY", "WORKSPACE_ID", "ENVIRONMENT"):  # fmt: skip
         monkeypatch.setenv(f"INFERPIPE_{name}", "")  # restored when an example sets it
         monkeypatch.delenv(f"INFERPIPE_{name}")
+    monkeypatch.setenv("WEBHOOK_SECRET", "set by the example")
     monkeypatch.setenv("INFERPIPE_API_KEY", API_KEY)
     monkeypatch.setenv("INFERPIPE_BASE_URL", service.url)
     run(PAGE, example)

