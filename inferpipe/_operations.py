@@ -19,6 +19,7 @@ from inferpipe._stream import completed
 from inferpipe.errors import InferPipeProtocolError
 from inferpipe.wire import (
     DeliveryList,
+    DeliveryStatus,
     DeliveryView,
     ExecutionInfo,
     ExecutionList,
@@ -96,7 +97,6 @@ def next_cursor(page: Page[object], cursor: str | None) -> str | None:
     return page.next_cursor
 
 
-DeliveryStatus = Literal["pending", "delivered", "failed", "dead"]
 Definition = Mapping[str, Any] | str
 """A workflow's definition: an object, or the text of a YAML file."""
 

@@ -13,6 +13,7 @@ from inferpipe._wire_base import Count, RequestModel, Timestamp, WireModel
 
 EventName = Annotated[str, Field(min_length=1, max_length=100)]
 Mode = Literal["async", "sync", "stream"]
+DeliveryStatus = Literal["pending", "delivered", "failed", "dead"]
 
 
 class SignalRequest(RequestModel):
@@ -102,7 +103,7 @@ class DeliveryView(WireModel):
     webhook_id: str
     event_id: str
     event_type: str | None = None
-    status: Literal["pending", "delivered", "failed", "dead"]
+    status: DeliveryStatus
     attempts: list[DeliveryAttempt] = Field(default_factory=list)
     next_attempt_at: Timestamp | None = None
     created_at: Timestamp | None = None
@@ -118,7 +119,7 @@ class DeliveryList(WireModel):
 class ReplayRequest(RequestModel):
     """Which deliveries of an endpoint to send again: by status, by when they were made."""
 
-    status: Literal["pending", "delivered", "failed", "dead"] | None = None
+    status: DeliveryStatus | None = None
     from_: Annotated[Timestamp | None, Field(alias="from")] = None
     to: Timestamp | None = None
 

@@ -13,9 +13,10 @@ from inferpipe import _operations as operations
 from inferpipe._calls import execution_call
 from inferpipe._config import KeyLimits, WebhookOptions
 from inferpipe._http import Runner
-from inferpipe._operations import Definition, DeliveryStatus
+from inferpipe._operations import Definition
 from inferpipe.streams import ExecutionStream
 from inferpipe.wire import (
+    DeliveryStatus,
     DeliveryView,
     ExecutionInfo,
     ExecutionRecord,

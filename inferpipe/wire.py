@@ -21,6 +21,7 @@ from inferpipe._wire_base import Count, RequestModel, Timestamp, WireModel
 from inferpipe._wire_delivery import (
     DeliveryAttempt,
     DeliveryList,
+    DeliveryStatus,
     DeliveryView,
     Replayed,
     ReplayRequest,
@@ -84,6 +85,7 @@ __all__ = [
     "ClientMessage",
     "DeliveryAttempt",
     "DeliveryList",
+    "DeliveryStatus",
     "DeliveryView",
     "EndMessage",
     "ErrorMessage",
