@@ -31,7 +31,7 @@ from serve_app.core.delivery import (
     Verdict,
 )
 from serve_app.core.errors import Problem
-from serve_app.core.execution import Execution, ExecutionCreated
+from serve_app.core.execution import Execution, ExecutionCreated, Wait
 from serve_app.core.inference import (
     AdmitRequest,
     Chunk,
@@ -336,13 +336,15 @@ class StepCall:
 class StepType:
     """A kind of step: how its settings are checked, and how it runs.
 
-    Exactly one of the two is set. `compute` is pure and quick: it runs inside the decision and
-    shares its commit. `run` has effects: its start is durable before it is called.
+    Exactly one of the three is set. `compute` is pure and quick: it runs inside the decision and
+    shares its commit. `run` has effects: its start is durable before it is called. `wait` says
+    what the step waits for, given the present time (Unix ms); it is as pure as `compute`.
     """
 
     check: Callable[[JsonValue], Sequence[Problem]]
     compute: Callable[[StepCall], JsonValue] | None = None
     run: Callable[[StepCall], Awaitable[JsonValue]] | None = None
+    wait: Callable[[StepCall, int], Wait] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,9 @@ class Settings(BaseSettings):
         3_600_000, ge=1, description="Deadline of an execution that names none."
     )
     body_max_bytes: int = Field(10 << 20, ge=1024, description="Largest request body.")
+    signal_max_bytes: int = Field(
+        64 << 10, ge=64, description="Largest body of a signal; it stands in the journal."
+    )
     json_depth_max: int = Field(64, ge=4, le=512, description="Deepest nesting of a JSON body.")
     keep_alive_s: float = Field(10.0, gt=0, le=15, description="Silence on a stream at most.")
     stream_token_ttl_max_s: int = Field(

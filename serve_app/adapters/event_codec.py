@@ -20,9 +20,12 @@ from serve_app.core.execution import (
     Event,
     Execution,
     ExecutionCreated,
+    Signal,
     Status,
     StepState,
     StepStatus,
+    Wait,
+    WaitKind,
     new_execution,
 )
 from serve_app.core.inference import Usage
@@ -58,6 +61,8 @@ def decode_event(
         members["usage"] = Usage(**members["usage"])
     for name in _TUPLES & members.keys():
         members[name] = tuple(members[name] or ())
+    if "wait" in members:
+        members["wait"] = _wait(members["wait"])
     if kind == "execution.created":
         members["retry"] = _retry(members["retry"])
     return KINDS[kind](**members)
@@ -117,7 +122,11 @@ def decode_snapshot(
         steps={**new.steps, **changed},
         live=None,
     )
-    return replace(execution, **joined(snapshot["x"], payloads)) if "x" in snapshot else execution
+    if "x" not in snapshot:
+        return execution
+    members = joined(snapshot["x"], payloads)
+    members["signals"] = tuple(Signal(**signal) for signal in members.get("signals") or ())
+    return replace(execution, **members)
 
 
 def _step(members: dict[str, Any]) -> StepState:
@@ -125,7 +134,14 @@ def _step(members: dict[str, Any]) -> StepState:
     members["usage"] = Usage(**members["usage"])
     if members.get("items") is not None:
         members["items"] = tuple(members["items"])
+    if members.get("wait") is not None:
+        members["wait"] = _wait(members["wait"])
     return StepState(**members)
+
+
+def _wait(members: dict[str, Any]) -> Wait:
+    members["kind"] = WaitKind(members["kind"])
+    return Wait(**members)
 
 
 def _retry(members: dict[str, Any]) -> RetryPolicy:

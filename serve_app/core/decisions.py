@@ -10,12 +10,18 @@ from dataclasses import dataclass
 
 from serve_app.core.blocks import is_composite, is_forgiven, progress_share
 from serve_app.core.due import cut_off_code, is_ending
-from serve_app.core.errors import AlreadyTerminalError, ErrorCode, InvalidRequestError
+from serve_app.core.errors import (
+    AlreadyTerminalError,
+    ErrorCode,
+    InvalidRequestError,
+    TooManySignalsError,
+)
 from serve_app.core.execution import (
     CancelRequested,
     ChunkEmitted,
     Event,
     Execution,
+    SignalReceived,
     Status,
     StepCompleted,
     StepFailed,
@@ -27,6 +33,7 @@ from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.retry import retry_delay_ms
 from serve_app.core.rounds import cut_off
 from serve_app.core.scope import block_of
+from serve_app.core.waits import SIGNALS_MAX
 from serve_app.core.workflow import Workflow
 
 WORKER_LOST = "its worker was lost"
@@ -90,6 +97,20 @@ def cancel(execution: Execution, reason: str, now_ms: int) -> tuple[Event, ...]:
     if execution.status is Status.CANCELLING:
         return ()
     return (CancelRequested(now_ms, reason),)
+
+
+def receive(execution: Execution, name: str, data: JsonValue, now_ms: int) -> tuple[Event, ...]:
+    """Take a signal in; it is kept until a step waits for it.
+
+    Raises:
+        AlreadyTerminalError: it has ended.
+        TooManySignalsError: as many as are kept wait already.
+    """
+    if execution.is_terminal:
+        raise AlreadyTerminalError(f"execution {execution.id} is already {execution.status}")
+    if len(execution.signals) >= SIGNALS_MAX:
+        raise TooManySignalsError(f"{SIGNALS_MAX} signals wait for a step already")
+    return (SignalReceived(now_ms, name, data),)
 
 
 def take_over(execution: Execution, workflow: Workflow, now_ms: int) -> tuple[Event, ...]:

@@ -34,9 +34,8 @@ WORKFLOW_KEYS = ("id", "description", "input", "timeout", "retry", "steps", "out
 STEP_KEYS = ("id", "needs", "when", "retry", "timeout")
 ANSWER_KEYS = frozenset({"version", "createdAt"})  # GET adds them, so that PUT ignores them
 WORKFLOW_KEYS_TO_COME = frozenset({"triggers", "concurrency", "rateLimit", "cache"})
-STEP_TYPES_TO_COME = frozenset(
-    {"http", "sleep", "wait_for_event", "approval", "workflow", "emit", "app", "publish"}
-)
+STEP_TYPES_TO_COME = frozenset({"http", "workflow", "emit", "app", "publish"})
+WAITS = ("sleep", "approval", "wait_for_event")
 COMPOSITE_KEYS: Mapping[str, tuple[str, ...]] = {
     "parallel": ("branches",),
     "map": ("over", "concurrency", "onError", "steps"),
@@ -220,10 +219,13 @@ class _Parsing:
         self, value: Mapping[str, JsonValue], step_type: str, loc: Loc, place: Place
     ) -> tuple[JsonValue, tuple[Block, ...]]:
         settings, inner = value.get(step_type), (*loc, step_type)
-        if step_type in COMPOSITES:
+        if step_type in (*COMPOSITES, *WAITS):
             for key in ("retry", "timeout"):
                 if key in value:
-                    self._note((*loc, key), f"a {step_type} has none: give it to its inner steps")
+                    self._note((*loc, key), f"a {step_type} has no {key} of this kind: remove it")
+        if step_type == "wait_for_event" and isinstance(settings, Mapping) and "if" in settings:
+            self._condition(settings["if"], (*inner, "if"), place)
+        if step_type in COMPOSITES:
             return self._composite(settings, step_type, inner, place)
         if step_type and self._checks.expressions(settings, inner, place):
             self._checks.problems.extend(

@@ -29,10 +29,8 @@ from serve_app.core.execution import (
     StepStatus,
 )
 from serve_app.core.inference import JsonValue
-from serve_app.core.rounds import Evaluate, Round, cut_off
-from serve_app.core.scope import (
-    scope_of,
-)
+from serve_app.core.rounds import Round, cut_off
+from serve_app.core.scope import Evaluate, scope_of
 from serve_app.core.template import render
 from serve_app.core.workflow import Workflow
 
@@ -114,7 +112,9 @@ def cut_off_code(execution: Execution, now_ms: int) -> ErrorCode:
 def _ending(execution: Execution, now_ms: int) -> tuple[Event, ...]:
     code = cut_off_code(execution, now_ms)
     running = [
-        path for path in execution.live_steps if execution.steps[path].status is StepStatus.RUNNING
+        path
+        for path in execution.live_steps
+        if execution.steps[path].status is not StepStatus.RETRYING
     ]
     cut = [cut_off(path, code, now_ms) for path in running]
     resumed = [ExecutionResumed(now_ms)] if execution.status is Status.WAITING and running else []

@@ -37,6 +37,7 @@ class ErrorCode(StrEnum):
     WORKSPACE_EXISTS = "WORKSPACE_EXISTS"
     ALREADY_TERMINAL = "ALREADY_TERMINAL"
     NOT_TERMINAL = "NOT_TERMINAL"
+    TOO_MANY_SIGNALS = "TOO_MANY_SIGNALS"
     IDEMPOTENCY_CONFLICT = "IDEMPOTENCY_CONFLICT"
     IDEMPOTENCY_IN_PROGRESS = "IDEMPOTENCY_IN_PROGRESS"
     RATE_LIMIT_EXCEEDED = "RATE_LIMIT_EXCEEDED"
@@ -206,6 +207,12 @@ class NotTerminalError(ServeAppError):
     """The execution has not ended yet, so it cannot be retried."""
 
     code = ErrorCode.NOT_TERMINAL
+
+
+class TooManySignalsError(ServeAppError):
+    """An execution holds as many signals as are kept, and no step has taken them."""
+
+    code = ErrorCode.TOO_MANY_SIGNALS
 
 
 class IdempotencyConflictError(ServeAppError):

@@ -41,6 +41,7 @@ class StepStatus(StrEnum):
 
     RUNNING = "running"
     RETRYING = "retrying"
+    WAITING = "waiting"
     COMPLETED = "completed"
     SKIPPED = "skipped"
     FAILED = "failed"
@@ -107,6 +108,57 @@ class MapOpened:
     at_ms: int
     step_id: str
     items: tuple[JsonValue, ...]
+
+
+class WaitKind(StrEnum):
+    """What a waiting step waits for; all end by their time too."""
+
+    TIME = "time"
+    APPROVAL = "approval"
+    EVENT = "event"
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What a step waits for; persisted.
+
+    Args:
+        until_ms: when it ends by itself.
+        event: the name of the event that answers it, beside the step's own.
+        message: for whoever shall answer.
+    """
+
+    kind: WaitKind
+    until_ms: int
+    event: str | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepWaiting:
+    """A started step waits: it has no task, and alone keeps no worker."""
+
+    at_ms: int
+    step_id: str
+    wait: Wait
+
+
+@dataclass(frozen=True, slots=True)
+class SignalReceived:
+    """Somebody sent a signal; it is kept until a step takes it."""
+
+    at_ms: int
+    name: str
+    data: JsonValue
+
+
+@dataclass(frozen=True, slots=True)
+class SignalTaken:
+    """A waiting step takes a signal, by its sequence number; the step's result follows."""
+
+    at_ms: int
+    step_id: str
+    seq: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +271,9 @@ Event = (
     | ExecutionStarted
     | StepStarted
     | MapOpened
+    | StepWaiting
+    | SignalReceived
+    | SignalTaken
     | ChunkEmitted
     | StepCompleted
     | StepSkipped
@@ -238,6 +293,9 @@ KINDS: Mapping[str, type[Event]] = MappingProxyType(
         "execution.started": ExecutionStarted,
         "step.started": StepStarted,
         "map.opened": MapOpened,
+        "step.waiting": StepWaiting,
+        "signal.received": SignalReceived,
+        "signal.taken": SignalTaken,
         "chunk": ChunkEmitted,
         "step.completed": StepCompleted,
         "step.skipped": StepSkipped,
@@ -254,7 +312,14 @@ KINDS: Mapping[str, type[Event]] = MappingProxyType(
 KIND_OF: Mapping[type[Event], str] = MappingProxyType({cls: kind for kind, cls in KINDS.items()})
 
 StepEvent = (
-    StepStarted | MapOpened | ChunkEmitted | StepCompleted | StepSkipped | StepRetrying | StepFailed
+    StepStarted
+    | MapOpened
+    | StepWaiting
+    | ChunkEmitted
+    | StepCompleted
+    | StepSkipped
+    | StepRetrying
+    | StepFailed
 )
 STEP_EVENTS = get_args(StepEvent)
 
@@ -264,6 +329,8 @@ TRANSITIONS: Mapping[tuple[Status, type[Event]], Status] = MappingProxyType(
         (Status.PENDING, CancelRequested): Status.CANCELLING,
         (Status.PENDING, ExecutionFailed): Status.FAILED,
         **{(Status.RUNNING, cls): Status.RUNNING for cls in STEP_EVENTS},
+        (Status.RUNNING, SignalTaken): Status.RUNNING,
+        **{(status, SignalReceived): status for status in Status if status not in TERMINAL},
         (Status.RUNNING, ExecutionParked): Status.WAITING,
         (Status.RUNNING, CancelRequested): Status.CANCELLING,
         (Status.RUNNING, ExecutionCompleted): Status.COMPLETED,
@@ -286,11 +353,12 @@ class StepState:
         attempt: attempts so far, over all tries of the execution.
         tries: attempts within the present try of the execution; the step's own policy counts
             these.
-        wake_at_ms: set while `retrying`.
+        wake_at_ms: set while `retrying` or `waiting`.
         usage: summed over attempts, failed ones included.
         losses: times its worker or replica was lost under it.
         wasted_tokens: the part of `usage` that went into attempts without a result.
         items: of a map that runs, what it runs over.
+        wait: of a step that waits, or waited.
     """
 
     status: StepStatus
@@ -305,9 +373,20 @@ class StepState:
     losses: int = 0
     wasted_tokens: int = 0
     items: tuple[JsonValue, ...] | None = None
+    wait: Wait | None = None
 
 
-LIVE = frozenset({StepStatus.RUNNING, StepStatus.RETRYING})  # started, and not at their end
+LIVE = frozenset({StepStatus.RUNNING, StepStatus.RETRYING, StepStatus.WAITING})  # begun, not ended
+_AT_WORK = frozenset({StepStatus.RUNNING, StepStatus.WAITING})
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A signal that no step has taken yet; `seq` is that of its event."""
+
+    seq: int
+    name: str
+    data: JsonValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +398,7 @@ class Execution:
             key, its own id.
         live: ids of the steps in `LIVE`, in the order they started; follows from `steps`, and is
             kept so that a decision need not look at thousands of finished items. None: find them.
+        signals: those no step has taken yet, oldest first.
         failed: the first step outside of any composite that failed; likewise.
     """
 
@@ -335,6 +415,7 @@ class Execution:
     error: str | None = None
     error_code: str | None = None
     steps: Mapping[str, StepState] = field(default_factory=dict)
+    signals: tuple[Signal, ...] = ()
     live: Mapping[str, None] | None = field(default=None, compare=False, repr=False)
     failed: str | None = field(default=None, compare=False, repr=False)
 
@@ -439,6 +520,7 @@ class Folding:
             execution.error,
             execution.error_code,
             self._steps,
+            execution.signals,
             self._live,
             failed,
         )
@@ -463,6 +545,14 @@ def _with_execution(execution: Execution, event: Event) -> Execution:  # noqa: P
             return replace(execution, wake_at_ms=wake_at_ms)
         case ExecutionResumed():
             return replace(execution, wake_at_ms=None)
+        case SignalReceived(name=name, data=data):
+            # Who is parked looks at once, by whichever clock.
+            wake_ms = 0 if execution.status is Status.WAITING else execution.wake_at_ms
+            signals = (*execution.signals, Signal(execution.seq, name, data))
+            return replace(execution, signals=signals, wake_at_ms=wake_ms)
+        case SignalTaken(seq=seq):
+            left = tuple(signal for signal in execution.signals if signal.seq != seq)
+            return replace(execution, signals=left)
         case CancelRequested(reason=reason):
             return replace(execution, cancel_reason=reason, wake_at_ms=None)
         case ExecutionCompleted(at_ms=at_ms, data=data):
@@ -483,6 +573,10 @@ def _step_after(execution: Execution, event: StepEvent) -> StepState:  # noqa: P
             return _started(execution, event)
         case MapOpened(step_id=step_id, items=items):
             return replace(_live(execution, step_id), items=items)
+        case StepWaiting(step_id=step_id, wait=wait):
+            step = _live(execution, step_id)
+            until_ms = wait.until_ms
+            return replace(step, status=StepStatus.WAITING, wait=wait, wake_at_ms=until_ms)
         case StepSkipped(at_ms=at_ms, step_id=step_id):
             if step_id in execution.steps:
                 raise IllegalTransitionError(f"step {step_id} has started, it cannot be skipped")
@@ -490,7 +584,7 @@ def _step_after(execution: Execution, event: StepEvent) -> StepState:  # noqa: P
         case ChunkEmitted(step_id=step_id):
             return _live(execution, step_id)
         case StepCompleted(at_ms=at_ms, step_id=step_id, output=output, usage=usage):
-            step = _live(execution, step_id)
+            step = _live(execution, step_id, _AT_WORK)
             return replace(
                 step,
                 status=StepStatus.COMPLETED,
@@ -498,6 +592,7 @@ def _step_after(execution: Execution, event: StepEvent) -> StepState:  # noqa: P
                 output=output,
                 error=None,
                 usage=step.usage + usage,
+                wake_at_ms=None,
                 items=None,  # they are in the journal; nothing asks for them any more
             )
         case StepRetrying():

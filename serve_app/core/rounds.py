@@ -4,7 +4,7 @@ Owns what follows from steps that changed, in their blocks and in the composites
 nothing and reads no clock. Invariant: no event of a round depends on another one's being folded.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 
 from serve_app.core.blocks import (
     LIVE_MAX,
@@ -36,6 +36,8 @@ from serve_app.core.execution import (
 from serve_app.core.inference import NO_USAGE, Usage
 from serve_app.core.scope import (
     FINISHED,
+    Evaluate,
+    Scope,
     block_of,
     composite_of,
     in_block,
@@ -43,10 +45,8 @@ from serve_app.core.scope import (
     scope_of,
 )
 from serve_app.core.template import render
+from serve_app.core.waits import ended_waits, is_over
 from serve_app.core.workflow import Step, Workflow, ready_steps
-
-Scope = Mapping[str, object]
-Evaluate = Callable[[str, Scope], object]
 
 
 class Round:
@@ -69,6 +69,7 @@ class Round:
         if touched is None or touched:
             self._follow(touched)
         self._start_retries()
+        self._end_waits()
         return tuple(self._events)
 
     def _follow(self, touched: Collection[str] | None) -> None:
@@ -251,9 +252,15 @@ class Round:
     def _start_retries(self) -> None:
         for path in self._execution.live_steps:
             state = self._execution.steps[path]
-            is_due = state.wake_at_ms is not None and state.wake_at_ms <= self._now_ms
+            is_due = state.status is StepStatus.RETRYING and is_over(state, self._now_ms)
             if is_due and not self._has_failed(path):
                 self._events.append(StepStarted(self._now_ms, path, state.attempt))
+
+    def _end_waits(self) -> None:
+        waits = ended_waits(self._execution, self._workflow, self._now_ms, self._evaluate)
+        for path, events in waits:
+            if not self._has_failed(path):
+                self._events.extend(events)
 
 
 def cut_off(path: str, code: str, now_ms: int, usage: Usage | None = None) -> StepFailed:

@@ -4,10 +4,13 @@ Owns visibility at run time, as `step_graph.py` owns it in a definition. Invaria
 expression may mention has finished, so evaluating it again, on any worker, gives the same value.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from serve_app.core.execution import Execution, StepStatus
 from serve_app.core.workflow import Workflow
+
+Scope = Mapping[str, object]
+Evaluate = Callable[[str, Scope], object]
 
 FINISHED = frozenset({StepStatus.COMPLETED, StepStatus.SKIPPED})
 

@@ -107,6 +107,7 @@ def create_app(services: Services) -> FastAPI:
         keys,
         metrics,
         sessions,
+        signals,
         stream_tokens,
         usage,
         webhooks,
@@ -124,6 +125,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     for routes in (
         executions,
+        signals,
         workflows,
         keys,
         decisions,

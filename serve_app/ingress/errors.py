@@ -38,6 +38,7 @@ STATUS: Mapping[ErrorCode, int] = MappingProxyType(
         ErrorCode.CHANGED_MEANWHILE: 409,
         ErrorCode.ALREADY_TERMINAL: 409,
         ErrorCode.NOT_TERMINAL: 409,
+        ErrorCode.TOO_MANY_SIGNALS: 409,
         ErrorCode.IDEMPOTENCY_CONFLICT: 409,
         ErrorCode.IDEMPOTENCY_IN_PROGRESS: 409,
         ErrorCode.STALE_LEASE: 409,

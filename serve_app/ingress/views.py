@@ -24,6 +24,7 @@ from serve_app.core.execution import (
     StepRetrying,
     StepStarted,
     StepState,
+    StepStatus,
 )
 from serve_app.core.inference import Usage
 from serve_app.core.journal import StoredEvent
@@ -146,6 +147,14 @@ def _shown(event: Event, execution: Execution) -> dict[str, object] | None:  # n
 
 
 def _step_view(step_id: str, kind: str, step: StepState) -> dict[str, object]:
+    shown = _state_view(step_id, kind, step)
+    if step.status is StepStatus.WAITING and step.wait is not None:
+        until = timestamp(step.wait.until_ms)
+        shown["waiting"] = {"until": until, "event": step.wait.event, "message": step.wait.message}
+    return shown
+
+
+def _state_view(step_id: str, kind: str, step: StepState) -> dict[str, object]:
     return {
         "id": step_id,
         "type": kind,

@@ -4,11 +4,11 @@ Owns the checks before acceptance and the workspace border. Invariant: nothing i
 input has been checked, and another workspace's id is as unknown as one that never was.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from serve_app.core.decisions import cancel, kept_for_retry
+from serve_app.core.decisions import cancel, kept_for_retry, receive
 from serve_app.core.errors import (
     IdempotencyConflictError,
     InvalidInputError,
@@ -16,7 +16,7 @@ from serve_app.core.errors import (
     Problem,
     UnknownExecutionError,
 )
-from serve_app.core.execution import Execution, ExecutionCreated, evolve, new_execution
+from serve_app.core.execution import Event, Execution, ExecutionCreated, evolve, new_execution
 from serve_app.core.inference import JsonValue
 from serve_app.core.journal import (
     Commit,
@@ -38,7 +38,7 @@ from serve_app.ports import (
 from serve_app.services.feeds import Feed, Feeds
 
 _CREATE_COMMIT = "create"
-_CANCEL_TRIES_MAX = 50  # each lost race means somebody else's commit got in: it cannot go on long
+_APPEND_TRIES_MAX = 50  # each lost race means somebody else's commit got in: it cannot go on long
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +165,37 @@ class Executions:
             UnknownExecutionError: there is none of this id in the workspace.
             AlreadyTerminalError: it has ended.
         """
+        return await self._append(
+            workspace, an_execution_id, lambda execution: cancel(execution, reason, self._now_ms())
+        )
+
+    async def signal(
+        self, workspace: str, an_execution_id: str, name: str, data: JsonValue
+    ) -> Execution:
+        """Send a signal; a step that waits for it, now or later, takes it.
+
+        Raises:
+            UnknownExecutionError: there is none of this id in the workspace.
+            AlreadyTerminalError: it has ended.
+            TooManySignalsError: it holds as many as are kept.
+        """
+        return await self._append(
+            workspace,
+            an_execution_id,
+            lambda execution: receive(execution, name, data, self._now_ms()),
+        )
+
+    async def _append(
+        self,
+        workspace: str,
+        an_execution_id: str,
+        decide: Callable[[Execution], tuple[Event, ...]],
+    ) -> Execution:
+        """Append what anybody may; decided again after each lost race."""
         execution = await self.load(workspace, an_execution_id)
-        commit_id = f"cancel.{self._entropy.token()}"
-        for _ in range(_CANCEL_TRIES_MAX):
-            events = cancel(execution, reason, self._clock.now_ms())
+        commit_id = f"append.{self._entropy.token()}"
+        for _ in range(_APPEND_TRIES_MAX):
+            events = decide(execution)
             if not events:
                 return execution
             after = evolve(execution, events[0])
@@ -176,12 +203,17 @@ class Executions:
             match answer:
                 case Committed():
                     return after
-                case Conflict(missed=missed):
+                case Conflict(missed=missed, is_ours=is_ours):
                     for stored in missed:
                         execution = evolve(execution, stored.event)
+                    if is_ours:
+                        return execution
                 case _:
                     break
         return await self.load(workspace, an_execution_id)
+
+    def _now_ms(self) -> int:
+        return self._clock.now_ms()
 
     async def recent(self, wanted: ListQuery) -> Sequence[Execution]:
         """Executions of a workspace, newest first."""

@@ -19,6 +19,7 @@ from serve_app.core.execution import (
     Folding,
     StepStarted,
     StepStatus,
+    StepWaiting,
 )
 from serve_app.core.inference import Usage
 from serve_app.core.journal import Outgoing
@@ -165,17 +166,22 @@ class Planner:
         if definition.blocks or status is not StepStatus.RUNNING:
             return
         step_type = self._runtime.step_types[definition.type]
-        if step_type.compute is None:
+        if step_type.run is not None:
             return
+        step_id, attempt = started.step_id, started.attempt
         fact: Fact
         try:
-            output = step_type.compute(self.call(plan.after, started.step_id))
-            fact = StepFinished(started.step_id, started.attempt, output)
+            call = self.call(plan.after, step_id)
+            if step_type.wait is not None:
+                plan.add((StepWaiting(now_ms, step_id, step_type.wait(call, now_ms)),))
+                return
+            assert step_type.compute is not None, "one of the three is set"
+            fact = StepFinished(step_id, attempt, step_type.compute(call))
         except ServeAppError as error:
-            fact = errored(started.step_id, started.attempt, error)
+            fact = errored(step_id, attempt, error)
         except Exception:  # else the driver breaks, is adopted again, and breaks again
             logger.exception("step broke", extra={"execution_id": plan.after.id})
-            fact = StepErrored(started.step_id, started.attempt, BROKEN, ErrorCode.INTERNAL)
+            fact = StepErrored(step_id, attempt, BROKEN, ErrorCode.INTERNAL)
         plan.add(self._recorded(plan.after, fact, now_ms))
 
     def _recorded(self, execution: Execution, fact: Fact, now_ms: int) -> tuple[Event, ...]:

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 
 from serve_app.ports import Entropy, Schemas, StepType
 from serve_app.services.inference import Inference
+from serve_app.steps.approval import APPROVAL
 from serve_app.steps.echo import ECHO
 from serve_app.steps.generate import generate_step
+from serve_app.steps.sleep import SLEEP
 from serve_app.steps.transform import TRANSFORM
+from serve_app.steps.wait_for_event import WAIT_FOR_EVENT
 
 
 def step_types(inference: Inference, schemas: Schemas, entropy: Entropy) -> Mapping[str, StepType]:
@@ -14,5 +17,8 @@ def step_types(inference: Inference, schemas: Schemas, entropy: Entropy) -> Mapp
     return {
         "echo": ECHO,
         "transform": TRANSFORM,
+        "sleep": SLEEP,
+        "approval": APPROVAL,
+        "wait_for_event": WAIT_FOR_EVENT,
         "generate": generate_step(inference, schemas, entropy),
     }

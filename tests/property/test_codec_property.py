@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.adapters.event_codec import decode_event, decode_stored, encode_event
-from serve_app.core.execution import KINDS, Event, ExecutionCreated
+from serve_app.core.execution import KINDS, Event, ExecutionCreated, Wait, WaitKind
 from serve_app.core.inference import Usage
 from serve_app.core.journal import StoredEvent
 from serve_app.core.retry import Backoff, RetryPolicy
@@ -52,6 +52,8 @@ MEMBERS: dict[str, st.SearchStrategy[object]] = {
     "data": json_values,
     "retry": policies,
     "usage": st.builds(Usage, counts, counts, counts),
+    "seq": counts,
+    "wait": st.builds(Wait, st.sampled_from(WaitKind), times, st.none() | texts, st.none() | texts),
     "items": st.lists(json_values, max_size=4).map(tuple),
     "token_ids": st.lists(counts, max_size=5).map(tuple),
 }

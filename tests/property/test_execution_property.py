@@ -18,6 +18,7 @@ from serve_app.core.decisions import (
     StepErrored,
     StepFinished,
     cancel,
+    receive,
     record,
     take_over,
 )
@@ -30,7 +31,11 @@ from serve_app.core.execution import (
     ExecutionCreated,
     Status,
     StepCompleted,
+    StepStarted,
     StepStatus,
+    StepWaiting,
+    Wait,
+    WaitKind,
     new_execution,
 )
 from serve_app.core.inference import Usage
@@ -79,8 +84,20 @@ class World:
             is_new = any(not isinstance(event, STEP_EVENTS) for event in due)
             touched = None if is_new else {event.step_id for event in due}
             self.add(due)
+            for event in due:
+                self.begin_wait(event)
         assert due_events(self.execution, *arguments, touched) == ()
         self.touched = set()
+
+    def begin_wait(self, event: Event) -> None:
+        """What the planner does for a step that waits, in the commit of its start."""
+        if not isinstance(event, StepStarted) or self.workflow.step(event.step_id).type != "wait":
+            return
+        if self.execution.steps[event.step_id].status is StepStatus.RUNNING:
+            kind = tuple(WaitKind)[len(self.journal) % 3]
+            until_ms = self.now_ms + len(self.journal) % 7 * 500
+            wait = Wait(kind, until_ms, "e" if kind is WaitKind.EVENT else None)
+            self.add((StepWaiting(self.now_ms, event.step_id, wait),))
 
     @property
     def running(self) -> list[str]:
@@ -125,8 +142,10 @@ def blocks(draw: st.DrawFn, names: Iterator[str], depth: int) -> tuple[Step, ...
             when=draw(st.sampled_from((None, None, None, "true", "false", "1", "input.none"))),
             retry=draw(st.none() | policies),
         )
-        kind = draw(st.sampled_from(("work", "work", "work", *COMPOSITES)))
-        if kind != "work" and depth < 2:
+        kind = draw(st.sampled_from(("work", "work", "wait", *COMPOSITES)))
+        if kind == "wait":
+            step = replace(step, type=kind, settings={"if": draw(st.sampled_from(CONDITIONS))})
+        elif kind != "work" and depth < 2:
             step = replace(step, type=kind, retry=None, **draw(insides(kind, names, depth + 1)))
         steps.append(step)
     return tuple(steps)
@@ -208,12 +227,18 @@ def ask_to_cancel(world: World, draw: Callable[..., object]) -> None:
         world.add(cancel(world.execution, "enough", world.now_ms))
 
 
+def send_signal(world: World, draw: Callable[..., object]) -> None:
+    if not world.execution.is_terminal:
+        name = draw(st.sampled_from(("e", *STEP_IDS)))
+        world.add(receive(world.execution, name, draw(st.booleans()), world.now_ms))
+
+
 def lose_worker(world: World, draw: Callable[..., object]) -> None:
     world.add(take_over(world.execution, world.workflow, world.now_ms))
 
 
 jitters = st.floats(0, 1, exclude_max=True)
-MOVES = (advance, report, report, report, ask_to_cancel, lose_worker)
+MOVES = (advance, report, report, report, ask_to_cancel, send_signal, lose_worker)
 
 
 def finish(world: World) -> None:
@@ -252,7 +277,10 @@ def test_any_history_leads_to_exactly_one_end_and_can_be_read_back(
 
 
 def assert_settled(execution: Execution, running: list[str]) -> None:
-    """At rest it has ended, sleeps with a time to wake, or has a step at work."""
+    """At rest it has ended, sleeps with a time to wake, or has a step at work.
+
+    Where it has news it sleeps no more.
+    """
     if execution.status is Status.WAITING:
         assert execution.wake_at_ms is not None
         assert not running

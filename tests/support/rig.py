@@ -1,16 +1,21 @@
 """One driver on a store in memory, in virtual time: a workflow is run without a process."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
+from serve_app.core.decisions import receive
 from serve_app.core.execution import CancelRequested, ChunkEmitted, Event, Execution
 from serve_app.core.inference import JsonValue
 from serve_app.core.workflow import Workflow
 from serve_app.ports import Expressions, StepCall, StepType
 from serve_app.services.planner import Runtime
 from serve_app.services.runner import Driver
+from serve_app.steps.approval import APPROVAL
 from serve_app.steps.echo import ECHO
+from serve_app.steps.sleep import SLEEP
 from serve_app.steps.transform import TRANSFORM
+from serve_app.steps.wait_for_event import WAIT_FOR_EVENT
 from tests.support.memory_store import MemoryStore
 from tests.support.virtual_time import VirtualClock
 from tests.support.workflows import CREATED, EXECUTION_ID, ToyEntropy, ToyExpressions
@@ -38,6 +43,9 @@ class Rig:
         types = {
             "echo": ECHO,
             "transform": TRANSFORM,
+            "sleep": SLEEP,
+            "approval": APPROVAL,
+            "wait_for_event": WAIT_FOR_EVENT,
             "work": StepType(check=lambda settings: (), run=self._run),
             "pure": StepType(check=lambda settings: (), compute=self.compute),
         }
@@ -72,6 +80,23 @@ class Rig:
 
     def text(self) -> str:
         return "".join(e.text for e in self.events if isinstance(e, ChunkEmitted))
+
+    async def drive_to_the_end(self, **created: object) -> Execution:
+        """Drive, and again whenever a parked execution's time has come."""
+        await self.drive(**created)
+        workers = 1
+        while not self.state.is_terminal:
+            workers += 1
+            assert self.state.wake_at_ms is not None
+            await asyncio.sleep(max(0, self.state.wake_at_ms - now_ms()) / 1000)
+            await (await self.driver(f"w{workers}/{workers}")).drive()
+        return self.state
+
+    def signal(self, name: str, data: JsonValue = None, driver: Driver | None = None) -> None:
+        """Somebody sends a signal; with a driver, its bell rings."""
+        notice = self.store.append(EXECUTION_ID, *receive(self.state, name, data, now_ms()))
+        if driver is not None:
+            driver.notify(notice.events)
 
     def cancel(self, driver: Driver | None = None) -> None:
         """Somebody asks for an end; with a driver, its bell rings."""

@@ -5,16 +5,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import yaml
 
-from serve_app.adapters.cel_expressions import CelExpressions
-from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.core.blocks import MAP_ITEMS_MAX
 from serve_app.core.decisions import kept_for_retry, progress_percent
-from serve_app.core.definition import parse_workflow
 from serve_app.core.errors import StepFailedError
 from serve_app.core.execution import (
-    Execution,
     ExecutionStarted,
     MapOpened,
     Status,
@@ -22,38 +17,11 @@ from serve_app.core.execution import (
     StepStatus,
 )
 from serve_app.core.inference import JsonValue
-from serve_app.core.workflow import Workflow
 from serve_app.ingress.views import record_view
 from serve_app.ports import StepCall
-from serve_app.steps.echo import ECHO
-from serve_app.steps.transform import TRANSFORM
-from tests.support.checker import entries_of_stored, journal_problems
-from tests.support.rig import Rig, Run
+from tests.support.definitions import a_rig, driven, parsed
 from tests.support.virtual_time import virtual_time
 from tests.support.workflows import EXECUTION_ID, FIXED, T0, an_execution
-
-EXPRESSIONS, SCHEMAS = CelExpressions(), JsonSchemas()
-
-
-def parsed(steps: str, **members: object) -> Workflow:
-    document = {"id": "wf", "steps": yaml.safe_load(steps), **members}
-    checks = {"echo": ECHO.check, "transform": TRANSFORM.check, "work": lambda _: ()}
-    return parse_workflow(
-        document, check_expression=EXPRESSIONS.check, check_schema=SCHEMAS.check, step_checks=checks
-    )
-
-
-def a_rig(steps: str, work: Run | None = None, **runs: Run) -> Rig:
-    workflow = parsed(steps)
-    names = {step_id for step_id in workflow._by_id if workflow._by_id[step_id].type == "work"}
-    default = dict.fromkeys(names, work) if work is not None else {}
-    return Rig(workflow, {**default, **runs}, expressions=EXPRESSIONS)
-
-
-async def driven(rig: Rig, value: JsonValue = None, **created: object) -> Execution:
-    ended = await rig.drive(input=value, **created)
-    assert journal_problems(entries_of_stored(rig.store.journals[EXECUTION_ID])) == []
-    return ended
 
 
 async def its_settings(call: StepCall) -> JsonValue:
