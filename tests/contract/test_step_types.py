@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.adapters.json_schema import JsonSchemas
+from serve_app.adapters.system import SystemClock
 from serve_app.core.execution import Wait, WaitKind
 from serve_app.core.inference import JsonValue, Usage
 from serve_app.core.template import Loc
@@ -103,7 +104,8 @@ FIXTURES = {
 
 def registered() -> dict[str, StepType]:
     plane = ScriptedPlane()
-    return dict(step_types(Inference(plane, plane), JsonSchemas(), ToyEntropy()))
+    inference = Inference(plane, plane, SystemClock(), resume_wait_s=1.0)
+    return dict(step_types(inference, JsonSchemas(), ToyEntropy()))
 
 
 def a_call(fixture: Fixture, **members: Any) -> StepCall:
