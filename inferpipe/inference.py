@@ -167,15 +167,18 @@ class InferenceManager:
 
     async def select_best_host(
         self,
-        model: str,
+        model: str | None = None,
         *,
         min_stake: str | None = None,
         max_latency: int | None = None,
         region: str | None = None,
     ) -> HostView:
-        """Return the best host; see `client.hosts.select`."""
+        """Return the best host for the model, or the default one; see `client.hosts.select`."""
+        wanted = model or self.config.default_model
+        if wanted is None:
+            raise InvalidArgumentError("name a model, here or as the default_model")
         return await self._client.hosts.select(
-            model, min_stake=min_stake, max_latency=max_latency, region=region
+            wanted, min_stake=min_stake, max_latency=max_latency, region=region
         )
 
     async def connect_to_host(self, host_url: str) -> WebSocketClient:

@@ -9,8 +9,14 @@ from types import MappingProxyType
 
 from pydantic import TypeAdapter, ValidationError
 
-from inferpipe.wire import SOCKET_REQUEST_ID_MAX, ClientMessage
-from serve_app.core.errors import ErrorCode, InvalidPromptError, InvalidRequestError, ServeAppError
+from inferpipe.wire import SOCKET_REQUEST_ID_MAX, ClientMessage, InferenceMessage
+from serve_app.core.errors import (
+    BodyTooLargeError,
+    ErrorCode,
+    InvalidPromptError,
+    InvalidRequestError,
+    ServeAppError,
+)
 from serve_app.core.inference import FinishReason, Usage
 
 Json = dict[str, object]
@@ -61,6 +67,20 @@ def parse_message(value: object) -> ClientMessage:
             for detail in found[:_PROBLEMS_SHOWN_MAX]
         ]
         raise InvalidRequestError("; ".join(places)) from None
+
+
+def check_size(message: ClientMessage, size: int, size_max: int) -> None:
+    """Refuse what is larger than a message may be, in bytes.
+
+    Raises:
+        InvalidPromptError: a prompt makes it so.
+        BodyTooLargeError: it has none.
+    """
+    if size <= size_max:
+        return
+    if isinstance(message, InferenceMessage):
+        raise InvalidPromptError(f"the prompt is too long; a message has at most {size_max} bytes")
+    raise BodyTooLargeError(f"a message has at most {size_max} bytes")
 
 
 def request_id_of(value: object) -> str | None:

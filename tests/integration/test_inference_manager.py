@@ -270,6 +270,8 @@ async def test_what_cannot_be_sent_is_said_at_once(stage: Stage) -> None:
         for options in ({"max_tokens": 0}, {"temperature": 3}, {"max_token": 1}):
             with pytest.raises(InvalidArgumentError):
                 manager.stream_inference("x", **options)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError):
+            await manager.select_best_host()
         for url in ("", "localhost", "ftp://x", "ws://"):
             with pytest.raises(InvalidArgumentError):
                 manager.direct_inference("x", url)

@@ -263,6 +263,8 @@ async def test_the_size_of_a_message_is_bounded(valkey_url: str, tmp_path: Path)
         await talk.send(ask % ("x" * (2000 - len(ask) + 2)))
         assert (await talk.to_end())[-1]["type"] == "stream_end"
         await talk.send(ask % ("x" * (2001 - len(ask) + 2)))
+        assert code_of(await talk.next()) == "INVALID_PROMPT"
+        await talk.send('{"type": "cancel"%s}' % (" " * 2000))
         assert code_of(await talk.next()) == "INVALID_REQUEST"
         assert (await talk.closed())[0] == 1009
 
@@ -502,3 +504,14 @@ async def test_every_request_is_billed_to_its_key_with_what_came_to_nothing(
     # The scripted engine tells of the prompt with the last token only, and b never had one.
     assert (item["workflow"], item["promptTokens"], item["completionTokens"]) == ("websocket", 2, 4)
     assert item["wasted"] == {"cancelled": 2}
+
+
+async def test_a_keys_limit_counts_requests_not_sockets(stage: Stage) -> None:
+    key = await stage.api.new_key("execute", rateLimit={"requests": 2, "window": "60s"})
+    bare = key["Authorization"].removeprefix("Bearer ")
+    for expected in ("stream_end", "stream_end", "error"):
+        async with stage.socket(key=bare) as talk:
+            await talk.ask()
+            last = (await talk.to_end())[-1]
+            assert last["type"] == expected
+    assert code_of(last) == "RATE_LIMIT_EXCEEDED"

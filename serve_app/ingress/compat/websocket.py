@@ -47,6 +47,7 @@ from serve_app.ingress.socket_call import SocketCall
 from serve_app.ingress.socket_messages import (
     Json,
     RefusedMessageError,
+    check_size,
     error_message,
     parse_message,
     piece_message,
@@ -292,15 +293,14 @@ class _SocketClient:
             text = event.get("text")
             if text is None:
                 raise InvalidRequestError("send text frames, one JSON object each")
-            size_max = self._settings.socket_message_bytes_max
             data = text.encode("utf-8", "surrogatepass")
-            if len(data) > size_max:
-                raise BodyTooLargeError(f"a message has at most {size_max} bytes")
             value = parse_json(data, self._settings.json_depth_max)
             request_id = request_id_of(value)
-            return parse_message(value)
+            message = parse_message(value)
+            check_size(message, len(data), self._settings.socket_message_bytes_max)
         except ServeAppError as error:
             raise RefusedMessageError(error, request_id) from error
+        return message
 
     async def _refuse(self, error: ServeAppError, request_id: str | None) -> None:
         await self._send(error_message(error, request_id))

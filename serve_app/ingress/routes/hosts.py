@@ -14,7 +14,8 @@ from serve_app.core.inference import Placement
 from serve_app.core.routing import ReplicaReport
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import services_of
-from serve_app.ingress.bodies import parse_json, read_body, validate
+from serve_app.ingress.bodies import read_json, validate
+from serve_app.ingress.openapi import described
 
 router = APIRouter(prefix="/v1/hosts", tags=["hosts"])
 
@@ -32,13 +33,21 @@ async def list_hosts(request: Request) -> Response:
     return json_response({"hosts": hosts})
 
 
-@router.post("/select", response_model=HostView, responses=ERRORS, summary="The best host")
+@router.post(
+    "/select",
+    response_model=HostView,
+    responses=ERRORS,
+    openapi_extra=described(
+        HostRequirements,
+        example={"model": "SmolLM2-135M-Instruct", "maxLatency": 2000, "region": "eu"},
+    ),
+    summary="The best host",
+)
 async def select_host(request: Request) -> Response:
     """By model, stake and latency, which must hold, and region, where it can be had."""
     services = services_of(request)
     await services.authenticator.principal(request, Scope.READ)
-    body = parse_json(await read_body(request, BODY_BYTES_MAX), services.settings.json_depth_max)
-    wish = validate(HostRequirements, body)
+    wish = validate(HostRequirements, await read_json(request, services.settings, BODY_BYTES_MAX))
     placement = Placement(
         max_latency_ms=wish.max_latency,
         min_stake=wish.min_stake or "",

@@ -14,8 +14,9 @@ from serve_app.core.errors import InvalidCursorError, InvalidRequestError
 from serve_app.core.session import Session
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import services_of
-from serve_app.ingress.bodies import parse_json, read_body, validate
+from serve_app.ingress.bodies import read_json, validate
 from serve_app.ingress.idempotency import answer_once
+from serve_app.ingress.openapi import IDEMPOTENCY_KEY, described
 from serve_app.ingress.views import timestamp
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
@@ -27,13 +28,22 @@ CURSOR_DIGITS_MAX = 9
 
 
 @router.post(
-    "", status_code=201, response_model=SessionView, responses=ERRORS, summary="Begin a session"
+    "",
+    status_code=201,
+    response_model=SessionView,
+    responses=ERRORS,
+    openapi_extra=described(
+        SessionRequest,
+        example={"model": "SmolLM2-135M-Instruct", "system": "You answer in one sentence."},
+        headers=(IDEMPOTENCY_KEY,),
+    ),
+    summary="Begin a session",
 )
 async def create_session(request: Request) -> Response:
     """Its turns are the `inference` messages that name it."""
     services = services_of(request)
     principal = await services.authenticator.principal(request, Scope.EXECUTE)
-    body = parse_json(await read_body(request, BODY_BYTES_MAX), services.settings.json_depth_max)
+    body = await read_json(request, services.settings, BODY_BYTES_MAX)
     wish = validate(SessionRequest, body)
 
     async def make() -> dict[str, object]:
@@ -66,6 +76,15 @@ async def end_session(request: Request, session_id: str) -> Response:
     "/{session_id}/messages",
     response_model=SessionMessageList,
     responses=ERRORS,
+    openapi_extra=described(
+        query={
+            "cursor": ({"type": "string", "pattern": "^[0-9]{1,9}$"}, "A page's `nextCursor`."),
+            "limit": (
+                {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_DEFAULT},
+                "Messages on a page.",
+            ),
+        }
+    ),
     summary="What was said",
 )
 async def list_messages(request: Request, session_id: str) -> Response:
