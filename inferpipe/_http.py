@@ -15,7 +15,7 @@ import httpx
 
 from inferpipe._calls import Answer, Call, with_key
 from inferpipe._config import CONNECT_TIMEOUT_MAX_S, ClientConfig, HttpOptions
-from inferpipe._operations import Operation, Page, next_cursor
+from inferpipe._operation import Operation, Page, next_cursor
 from inferpipe._stream import (
     Effect,
     Open,

@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -323,12 +322,3 @@ def test_a_key_never_shows_in_an_error(capsys: Output, tmp_path: Path) -> None:
     path.write_text("a\nsecret-with-a-line-break")
     assert cli.main(["health", "--api-key-file", str(path)]) == 2
     assert "secret" not in capsys.readouterr().err
-
-
-def test_module_runs_as_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "inferpipe.cli", "--help"], capture_output=True, text=True,
-        check=True, timeout=30,
-    )  # fmt: skip
-    for word in ("executions", "workflows", "keys", "webhooks", "usage", "doctor", "completion"):
-        assert word in done.stdout
