@@ -38,7 +38,9 @@ class Ingress:
         self._link = TcpTokenLink(
             settings.cluster_secret.get_secret_value().encode(), clock, entropy
         )
-        inference = Inference(ServeAdmission(router), self._link, clock, settings.resume_wait_s)
+        inference = Inference(
+            ServeAdmission(router, settings.model_name), self._link, clock, settings.resume_wait_s
+        )
         self._services = compose(settings, self._stores, inference, clock, entropy)
         await publish(self._services)
         self._background = Background()

@@ -9,13 +9,12 @@ from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.telemetry import configure_logging
 from serve_app.core.inference import AdmitRequest, Grant
 from serve_app.core.routing import Decision
-from serve_app.services.routing import Router
+from serve_app.services.routing import AdmissionLimits, Router
 from serve_app.settings import Settings
 
 
 @serve.deployment(
     name="router",
-    max_ongoing_requests=1000,
     ray_actor_options={"num_cpus": 0.05},
     health_check_period_s=2,
     health_check_timeout_s=10,
@@ -29,7 +28,13 @@ class RouterDeployment:
         self._stores = connect(settings, clock)
         registry = RedisReplicas(self._stores.nodes, self._stores.calls, clock)
         secret = settings.cluster_secret.get_secret_value().encode()
-        self._router = Router(registry, secret, clock, SystemEntropy())
+        limits = AdmissionLimits(
+            settings.admit_wait_s,
+            settings.admit_queue_max,
+            settings.admit_workspace_queue_max,
+            settings.workspace_tokens_per_minute,
+        )
+        self._router = Router(registry, secret, clock, SystemEntropy(), limits)
         self._background = Background()
         self._background.start("router", self._router.run())
         process = f"router-{SystemEntropy().token()}"

@@ -55,7 +55,10 @@ class WorkflowExecutor:
             settings.cluster_secret.get_secret_value().encode(), self._clock, entropy
         )
         inference = Inference(
-            ServeAdmission(router), self._link, self._clock, settings.resume_wait_s
+            ServeAdmission(router, settings.model_name),
+            self._link,
+            self._clock,
+            settings.resume_wait_s,
         )
         types = bounded(step_types(inference, JsonSchemas(), entropy), settings.result_max_bytes)
         runtime = Runtime(

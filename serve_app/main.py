@@ -7,6 +7,7 @@ here; `inferpipe up` too.
 from typing import cast
 
 from ray.serve import Application, Deployment
+from ray.serve.config import RequestRouterConfig
 
 from deployments.ingress import Ingress
 from deployments.model_replica import ModelReplica
@@ -16,6 +17,7 @@ from deployments.workflow_executor import WorkflowExecutor
 from serve_app.settings import Settings
 
 APP_NAME = "inferpipe"
+ROUTER_CALLS_MAX = 1000
 
 
 def build_app(settings: Settings) -> Application:
@@ -31,11 +33,18 @@ def build_app(settings: Settings) -> Application:
     for name in ("redis_url", "cluster_secret", "api_key"):
         if not getattr(settings, name).get_secret_value():
             raise ValueError(f"INFERPIPE_{name.upper()} must be set where `inferpipe up` does not")
-    router = _deployment(RouterDeployment).bind(settings)
+    router = _deployment(RouterDeployment).options(
+        num_replicas=settings.router_replicas,
+        # Those that wait for room wait inside a call; beside them there is room for the others.
+        max_ongoing_requests=settings.admit_queue_max + ROUTER_CALLS_MAX,
+    )
+    if settings.router_replicas > 1:
+        router = router.options(request_router_config=one_router_per_model())
+    bound_router = router.bind(settings)
     executor = (
         _deployment(WorkflowExecutor)
         .options(num_replicas=settings.executor_replicas)
-        .bind(settings, router)
+        .bind(settings, bound_router)
     )
     deployed = [executor]
     if settings.dispatcher_replicas:
@@ -53,7 +62,17 @@ def build_app(settings: Settings) -> Application:
     ingress = _deployment(Ingress).options(
         num_replicas=settings.ingress_replicas, max_ongoing_requests=settings.requests_max
     )
-    return ingress.bind(settings, router, tuple(deployed))
+    return ingress.bind(settings, bound_router, tuple(deployed))
+
+
+def one_router_per_model() -> RequestRouterConfig:
+    """Calls go by the hash of their session id, which `ServeAdmission` sets to the model.
+
+    So queues, shares and prefixes of a model are in one place, however many routers there are.
+    """
+    return RequestRouterConfig(
+        request_router_class="ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"  # type: ignore[arg-type]
+    )
 
 
 def _deployment(decorated: object) -> Deployment:

@@ -236,6 +236,24 @@ class Settings(BaseSettings):
     engine_stall_s: float = Field(
         60.0, gt=1, description="No engine step for so long while requests run: the engine is ill."
     )
+    router_replicas: int = Field(
+        1, ge=1, description="Routers; the requests of one model all go to one of them."
+    )
+    admit_wait_s: float = Field(
+        60.0, gt=0, description="How long a request waits for room at a model replica; then 503."
+    )
+    admit_queue_max: int = Field(
+        4096, ge=1, description="Requests that wait for room, of all workspaces; beyond it 503."
+    )
+    admit_workspace_queue_max: int = Field(
+        2048, ge=1, description="Requests of one workspace that wait for room; beyond it 429."
+    )
+    workspace_tokens_per_minute: int = Field(
+        0,
+        ge=0,
+        description="Tokens, prompts and answers, that one workspace may use of a model in a "
+        "minute; beyond it 429. 0: no limit.",
+    )
     resume_wait_s: float = Field(
         90.0,
         ge=0,

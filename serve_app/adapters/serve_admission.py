@@ -4,8 +4,10 @@ Owns the way back of errors: across actors one arrives as a synthesised class, s
 from its code.
 """
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from ray.exceptions import RayError
@@ -13,10 +15,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.core.errors import (
+    DeadlineExceededError,
     ErrorCode,
     ModelNotAvailableError,
     NoHostsAvailableError,
     OverloadedError,
+    RateLimitExceededError,
     ServeAppError,
 )
 from serve_app.core.inference import AdmitRequest, Grant
@@ -28,26 +32,47 @@ Handle: TypeAlias = DeploymentHandle[Any]
 _BY_CODE: dict[ErrorCode, type[ServeAppError]] = {
     ErrorCode.MODEL_NOT_AVAILABLE: ModelNotAvailableError,
     ErrorCode.NO_HOSTS_AVAILABLE: NoHostsAvailableError,
+    ErrorCode.OVERLOADED: OverloadedError,
+    ErrorCode.RATE_LIMIT_EXCEEDED: RateLimitExceededError,
+    ErrorCode.TIMEOUT: DeadlineExceededError,
 }
 
 
 class ServeAdmission:
     """See `ports.Admission`."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, default_model: str) -> None:
         self._handle = handle
+        self._default_model = default_model
+        self._default_handle: Handle | None = None
 
     async def admit(self, request: AdmitRequest) -> Grant:
-        """Ask the router."""
+        """Ask the model's router; a caller that is cancelled no longer waits there."""
+        model = request.model or self._default_model
+        handle = self._handle_of(model)
         with _router_errors():
-            grant: Grant = await self._handle.admit.remote(request)
+            asked = handle.admit.remote(replace(request, model=model))
+            try:
+                grant: Grant = await asked
+            except asyncio.CancelledError:
+                asked.cancel()  # type: ignore[no-untyped-call]
+                raise
         return grant
 
     async def decisions(self, limit: int) -> tuple[Decision, ...]:
         """Ask the router why."""
         with _router_errors():
-            decisions: tuple[Decision, ...] = await self._handle.decisions.remote(limit)
+            handle = self._handle_of(self._default_model)
+            decisions: tuple[Decision, ...] = await handle.decisions.remote(limit)
         return decisions
+
+    def _handle_of(self, model: str) -> Handle:
+        """A handle whose calls all reach the same router; see `main.ONE_ROUTER_PER_MODEL`."""
+        if model != self._default_model:
+            return self._handle.options(session_id=model)
+        if self._default_handle is None:
+            self._default_handle = self._handle.options(session_id=model)
+        return self._default_handle
 
 
 @contextmanager
@@ -61,6 +86,6 @@ def _router_errors() -> Iterator[None]:
         cls = _BY_CODE.get(ErrorCode(error.code))
         if cls is None:
             raise
-        raise cls(str(error.args[0])) from None
+        raise cls(*error.args) from None
     except (RayError, DeploymentUnavailableError) as error:
         raise NoHostsAvailableError("the router cannot be reached") from error

@@ -42,7 +42,13 @@ WORKER_LOST = "its worker was lost"
 LOSSES_MAX = 100
 _LOSS_DELAY_MS = 100
 _LOSS_DELAY_MAX_MS = 5_000
-_LOSS_CODES = (ErrorCode.CONNECTION_FAILED, ErrorCode.NO_HOSTS_AVAILABLE)
+# What never began is no try of the user's either: it was lost, or refused before any work.
+_LOSS_CODES = (
+    ErrorCode.CONNECTION_FAILED,
+    ErrorCode.NO_HOSTS_AVAILABLE,
+    ErrorCode.OVERLOADED,
+    ErrorCode.RATE_LIMIT_EXCEEDED,
+)
 
 
 @dataclass(frozen=True, slots=True)

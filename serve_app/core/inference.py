@@ -179,6 +179,8 @@ class ReplicaLoad:
         step_ms: measured: ms between two tokens of one answer; 0: not yet.
         ttft_ms: measured: time to the first token of late answers, smoothed; 0: not yet.
         kv_tokens: what the KV cache holds; 0: not known.
+        open_count, slots: requests taken and not ended, and how many it wants at most, so that what
+            is more waits where fairness is; 0 slots: any number.
         region, stake: the operator's; stake is a decimal number.
         aborted_count, wasted_tokens: answers that ended before their end, and the tokens made for
             them.
@@ -198,6 +200,8 @@ class ReplicaLoad:
     step_ms: float = 0.0
     ttft_ms: float = 0.0
     kv_tokens: int = 0
+    open_count: int = 0
+    slots: int = 0
     region: str = ""
     stake: str = "0"
     aborted_count: int = 0
@@ -234,6 +238,7 @@ class AdmitRequest:
         prompt_tokens: the prompt's part of `token_count`, as estimated by the caller.
         prefix: `core.prefix.prefix_of` the prompt.
         tenant, session, priority, deadline_ms: as in `GenerationRequest`.
+        is_resumed: the rest of an answer that has begun: it goes before all that has not.
     """
 
     request_id: str
@@ -247,6 +252,7 @@ class AdmitRequest:
     priority: int = 0
     deadline_ms: int | None = None
     placement: Placement = ANYWHERE
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Owns the hashes and one replica's bounded index of them. Knows no tokenizer: a chat is hashed as
 text, because whoever asks the router (an executor, mostly) has none, and the template makes equal
 beginnings of equal beginnings; a prompt that comes as token ids is hashed as ids. The two do not
-match each other. Invariant: a block's hash covers all before it, so equal hashes mean equal
+match each other. The model is no part of a hash, as an index belongs to a replica, and a replica to
+its model. Invariant: a block's hash covers all before it, so equal hashes mean equal
 prefixes, and an index never holds more than `size_max` of them.
 
 The index is a guess: the engine evicts when it likes. Each answer brings the engine's own count of
@@ -27,8 +28,8 @@ _HASH_BYTES = 8
 def prefix_of(request: GenerationRequest) -> tuple[int, ...]:
     """Hashes of a request's first whole blocks, at most `BLOCKS_MAX`; about 1 µs each."""
     if request.prompt_token_ids:
-        return prefix_of_tokens(request.model, request.prompt_token_ids)
-    return prefix_of_messages(request.model, request.messages)
+        return prefix_of_tokens(request.prompt_token_ids)
+    return prefix_of_messages(request.messages)
 
 
 def prompt_tokens_guess(request: GenerationRequest) -> int:
@@ -38,7 +39,7 @@ def prompt_tokens_guess(request: GenerationRequest) -> int:
     return sum(len(message.content) for message in request.messages) // CHARS_PER_TOKEN + 1
 
 
-def prefix_of_messages(model: str, messages: Iterable[Message]) -> tuple[int, ...]:
+def prefix_of_messages(messages: Iterable[Message]) -> tuple[int, ...]:
     """Hashes of a chat's text."""
     text = _beginning(messages, BLOCKS_MAX * BLOCK_CHARS)
     whole = len(text) - len(text) % BLOCK_CHARS
@@ -46,10 +47,10 @@ def prefix_of_messages(model: str, messages: Iterable[Message]) -> tuple[int, ..
         text[start : start + BLOCK_CHARS].encode("utf-8", "surrogatepass")
         for start in range(0, whole, BLOCK_CHARS)
     )
-    return tuple(_chain(b"text " + model.encode("utf-8", "surrogatepass"), blocks))
+    return tuple(_chain(b"text", blocks))
 
 
-def prefix_of_tokens(model: str, token_ids: Sequence[int]) -> tuple[int, ...]:
+def prefix_of_tokens(token_ids: Sequence[int]) -> tuple[int, ...]:
     """Hashes of a prompt that is tokens already; ids fit into 32 bits."""
     count = min(len(token_ids) // BLOCK_TOKENS, BLOCKS_MAX)
     blocks = (
@@ -59,7 +60,7 @@ def prefix_of_tokens(model: str, token_ids: Sequence[int]) -> tuple[int, ...]:
         )
         for index in range(count)
     )
-    return tuple(_chain(b"ids " + model.encode("utf-8", "surrogatepass"), blocks))
+    return tuple(_chain(b"ids", blocks))
 
 
 class PrefixIndex:

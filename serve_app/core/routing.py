@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import NoReturn
 
 from serve_app.core.ejection import Breaker
-from serve_app.core.errors import ModelNotAvailableError, NoHostsAvailableError
+from serve_app.core.errors import ModelNotAvailableError, NoHostsAvailableError, OverloadedError
 from serve_app.core.inference import NO_NEWS, AdmitRequest, ReplicaLoad, ReplicaNews
 from serve_app.core.prefix import BLOCK_TOKENS, PrefixIndex
 
@@ -38,6 +38,7 @@ BOUND_SLACK_MS = 200.0  # … and so much more: with little to do nobody is over
 EQUAL_MS = 2.0  # scores closer than this, or than a twentieth, are equal
 CANDIDATES_SHOWN = 8
 EJECTED = "ejected"
+FULL = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ class _Replica:
     breaker: Breaker = field(default_factory=Breaker)
     prefill_tokens: int = 0  # reserved
     decode_tokens: int = 0
+    reserved_count: int = 0
 
 
 @dataclass(slots=True)
@@ -162,6 +164,7 @@ class Fleet:
 
         Raises:
             ModelNotAvailableError: no report names the model.
+            OverloadedError: one that may take the request has no room yet.
             NoHostsAvailableError: none that serves it may take the request; the message says why.
                 Also when none has reported at all: a router that has just started does not know
                 which models there are.
@@ -177,6 +180,7 @@ class Fleet:
         known = self._replica(choice.load)
         known.prefill_tokens += uncached
         known.decode_tokens += decode
+        known.reserved_count += 1
         known.index.expect(request.prefix)
         known.breaker.chosen(now_ms)
         if request.session:
@@ -196,11 +200,18 @@ class Fleet:
         # An ejected replica is still better than none.
         able = [one for one in seen if one.refusal in {"", EJECTED}]
         open_ones = sorted([one for one in able if not one.refusal] or able, key=_by_score)
+        if not open_ones and any(one.refusal == FULL for one in seen):
+            raise OverloadedError(_no_host(request, seen))
         if not open_ones:
             raise NoHostsAvailableError(_no_host(request, seen))
         chosen, reason = _pick(open_ones, self._wish(request), draws)
         shown = (*open_ones, *(one for one in seen if one not in open_ones))[:CANDIDATES_SHOWN]
         return Choice(self.reports[chosen.replica_id].load, reason, chosen, shown)
+
+    def overlap_tokens(self, request: AdmitRequest) -> int:
+        """Of the prompt, what the replica that knows most of it is likely to hold."""
+        known = (one.index.overlap(request.prefix)[0] for one in self._known.values())
+        return min(max(known, default=0) * BLOCK_TOKENS, request.prompt_tokens)
 
     def learn(self, chosen: Candidate, cached_tokens: int) -> None:
         """What the engine found in its cache of a prompt that `choose` sent there."""
@@ -234,6 +245,8 @@ class Fleet:
         refusal = _refusal(report, candidate, request, now_ms)
         if known.breaker.is_stalled(now_ms):
             refusal = refusal or "stalled"
+        if not refusal and not request.is_resumed and load.slots:
+            refusal = FULL if load.open_count + known.reserved_count >= load.slots else ""
         if refusal:
             return Candidate(load.replica_id, refusal=refusal)
         is_shunned = known.breaker.is_shunned(now_ms)
@@ -260,6 +273,7 @@ class Fleet:
         if reservation is not None and known is not None:
             known.prefill_tokens -= reservation.prefill_tokens
             known.decode_tokens -= reservation.decode_tokens
+            known.reserved_count -= 1
 
     def _replica(self, load: ReplicaLoad) -> _Replica:
         known = self._known.get(load.replica_id)

@@ -118,7 +118,8 @@ class Inference:
         while True:
             await patience.wait(error)
             try:
-                return await self._admission.admit(admit_request(request, placement, tuple(lost)))
+                wanted = admit_request(request, placement, tuple(lost), is_resumed=True)
+                return await self._admission.admit(wanted)
             except (NoHostsAvailableError, OverloadedError) as refusal:
                 error = refusal
                 lost.clear()  # where only the link broke, the same replica may be the best
@@ -174,7 +175,11 @@ def _note(request: GenerationRequest, grant: Grant, answer: Answer, reason: str)
 
 
 def admit_request(
-    request: GenerationRequest, placement: Placement = ANYWHERE, excluded: tuple[str, ...] = ()
+    request: GenerationRequest,
+    placement: Placement = ANYWHERE,
+    excluded: tuple[str, ...] = (),
+    *,
+    is_resumed: bool = False,
 ) -> AdmitRequest:
     """What the router is told of a request."""
     prompt_tokens = prompt_tokens_guess(request)
@@ -190,4 +195,5 @@ def admit_request(
         priority=request.priority,
         deadline_ms=request.deadline_ms,
         placement=placement,
+        is_resumed=is_resumed,
     )

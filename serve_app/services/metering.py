@@ -37,6 +37,7 @@ class MeteredEngine:
 
     Args:
         region, stake: what the operator says of this replica.
+        slots: requests that it wants at once; see `ReplicaLoad`.
         observe: told of each request that has ended.
     """
 
@@ -47,12 +48,15 @@ class MeteredEngine:
         *,
         region: str = "",
         stake: str = "0",
+        slots: int = 0,
         observe: Callable[[Measured], None] | None = None,
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._region = region
         self._stake = stake
+        self._slots = slots
+        self._open_count = 0
         self._observe = observe
         self._waiting: dict[str, int] = {}  # prompt tokens of requests without a first token
         self._waiting_tokens = 0
@@ -77,9 +81,11 @@ class MeteredEngine:
         self._waiting[request.request_id] = run.prompt_tokens
         self._waiting_tokens += run.prompt_tokens
         self._arrived.append(request.request_id)
+        self._open_count += 1
         try:
             self._engine.submit(request, run.emit)
         except Exception:
+            self._open_count -= 1
             self._left(request.request_id)
             raise
 
@@ -95,6 +101,8 @@ class MeteredEngine:
             prefill_ms=round(self._prefill_ms, 4),
             step_ms=round(self._step_ms, 3),
             ttft_ms=round(self._ttft_ms, 2),
+            open_count=self._open_count,
+            slots=self._slots,
             region=self._region,
             stake=self._stake,
             aborted_count=self._aborted_count,
@@ -142,6 +150,7 @@ class MeteredEngine:
 
     def ended(self, run: "_Run", output: Chunk | Exception) -> None:
         """The last output of a request has come."""
+        self._open_count -= 1
         self._left(run.request.request_id)
         usage = output.usage if isinstance(output, Chunk) else None
         if run.token_count > 1:

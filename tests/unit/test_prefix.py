@@ -23,8 +23,8 @@ def chat(*contents: str) -> tuple[Message, ...]:
 
 
 def test_a_later_turn_begins_with_the_earlier_ones() -> None:
-    first = prefix_of_messages("m", chat("a" * 500))
-    second = prefix_of_messages("m", chat("a" * 500, "b" * 300, "c" * 300))
+    first = prefix_of_messages(chat("a" * 500))
+    second = prefix_of_messages(chat("a" * 500, "b" * 300, "c" * 300))
     assert len(second) > len(first) > 3
     assert second[: len(first)] == first
 
@@ -32,24 +32,21 @@ def test_a_later_turn_begins_with_the_earlier_ones() -> None:
 def test_one_character_changes_its_block_and_all_after_it() -> None:
     text = "x" * (4 * BLOCK_CHARS)
     other = text[: BLOCK_CHARS + 50] + "y" + text[BLOCK_CHARS + 51 :]
-    left = prefix_of_messages("m", (Message("user", text),))
-    right = prefix_of_messages("m", (Message("user", other),))
+    left = prefix_of_messages((Message("user", text),))
+    right = prefix_of_messages((Message("user", other),))
     assert [a == b for a, b in zip(left, right, strict=True)] == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
-    ("model", "messages"),
+    "messages",
     [
-        ("other", (Message("user", "x" * 600),)),
-        ("m", (Message("system", "x" * 600),)),
-        ("m", (Message("user", ""), Message("user", "x" * 600))),
+        (Message("system", "x" * 600),),
+        (Message("user", ""), Message("user", "x" * 600)),
     ],
 )
-def test_model_role_and_borders_of_messages_count(
-    model: str, messages: tuple[Message, ...]
-) -> None:
-    same = prefix_of_messages("m", (Message("user", "x" * 600),))
-    assert prefix_of_messages(model, messages)[0] != same[0]
+def test_roles_and_borders_of_messages_count(messages: tuple[Message, ...]) -> None:
+    same = prefix_of_messages((Message("user", "x" * 600),))
+    assert prefix_of_messages(messages)[0] != same[0]
 
 
 @pytest.mark.parametrize(
@@ -57,11 +54,11 @@ def test_model_role_and_borders_of_messages_count(
     [(0, 0), (BLOCK_CHARS - 6 - 1, 0), (BLOCK_CHARS - 6, 1), (10_000_000, BLOCKS_MAX)],
 )
 def test_only_whole_blocks_up_to_the_bound(length: int, blocks: int) -> None:
-    assert len(prefix_of_messages("m", (Message("user", "x" * length),))) == blocks
+    assert len(prefix_of_messages((Message("user", "x" * length),))) == blocks
 
 
 def test_any_text_is_hashed() -> None:
-    assert prefix_of_messages("\ud800", (Message("user", "\ud800" * 300),))
+    assert prefix_of_messages((Message("user", "\ud800" * 300),))
 
 
 @pytest.mark.parametrize(
@@ -69,18 +66,18 @@ def test_any_text_is_hashed() -> None:
     [(BLOCK_TOKENS - 1, 0), (BLOCK_TOKENS, 1), ((BLOCKS_MAX + 5) * BLOCK_TOKENS, BLOCKS_MAX)],
 )
 def test_token_ids_are_hashed_by_block(length: int, blocks: int) -> None:
-    prefix = prefix_of_tokens("m", list(range(length)))
+    prefix = prefix_of_tokens(list(range(length)))
     assert len(prefix) == blocks
-    assert prefix == prefix_of_tokens("m", list(range(length + 1)))[:blocks]
+    assert prefix == prefix_of_tokens(list(range(length + 1)))[:blocks]
 
 
 def test_hashes_fit_any_json_reader() -> None:
-    assert all(0 <= block < 2**63 for block in prefix_of_messages("m", chat("x" * 9000)))
+    assert all(0 <= block < 2**63 for block in prefix_of_messages(chat("x" * 9000)))
 
 
 def test_a_request_is_hashed_by_its_messages() -> None:
     request = GenerationRequest("r", chat("hello"), model="m")
-    assert prefix_of(request) == prefix_of_messages("m", chat("hello"))
+    assert prefix_of(request) == prefix_of_messages(chat("hello"))
     assert prompt_tokens_guess(request) == (1000 + 5) // 4 + 1
 
 
