@@ -211,7 +211,9 @@ def test_an_error_that_no_retry_can_cure_fails_at_once() -> None:
     assert event == StepFailed(T0 + 5, "s", "broke", "INVALID_PROMPT")
 
 
-@pytest.mark.parametrize("code", ["CONNECTION_FAILED", "NO_HOSTS_AVAILABLE"])
+@pytest.mark.parametrize(
+    "code", ["CONNECTION_FAILED", "NO_HOSTS_AVAILABLE", "OVERLOADED", "RATE_LIMIT_EXCEEDED"]
+)
 @pytest.mark.parametrize("is_retryable", [True, False])
 def test_a_lost_replica_is_not_the_users_retry(code: str, is_retryable: bool) -> None:
     fact = errored(code=code, is_retryable=is_retryable, usage=USAGE)

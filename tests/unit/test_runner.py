@@ -424,7 +424,6 @@ async def test_a_failed_step_aborts_those_beside_it() -> None:
         (StepFailedError("x"), True),
         (StepFailedError("x", False), False),
         (InvalidPromptError("x"), False),
-        (OverloadedError("x"), True),
         (ZeroDivisionError("x"), True),
         (TimeoutError("the step's own"), True),
         (asyncio.CancelledError(), True),
