@@ -51,12 +51,14 @@ class CallState:
 
     Args:
         call: the HTTP call.
+        is_plain: its answer is one stream of text; see `vllm_openai_plain`.
         has_begun: the first chunk is there.
         error: what a generation ended with; vLLM makes an error event of it, we know better.
         usage: of each generation so far, by its id.
     """
 
     call: OpenAiCall
+    is_plain: bool = False
     has_begun: bool = False
     error: ServeAppError | None = None
     usage: dict[str, Usage] = field(default_factory=dict)
@@ -96,20 +98,33 @@ class LinkEngineClient:
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **given: Any
-    ) -> AsyncGenerator[RequestOutput, None]:
+    ) -> AsyncGenerator[RequestOutput | Chunk, None]:
         """Yield outputs as `AsyncLLM.generate` does: deltas, or one when all is there.
+
+        Of a plain call the chunks between the first and the last output come as they are; the last
+        output counts their tokens.
 
         Raises:
             GenerationError: the error itself is left in the call's state.
         """
         state = CALL.get()
         outputs = _Outputs(request_id, prompt, sampling_params)
+        between: list[int] = []
+        has_head = False
         try:
             requests = self._requests(prompt, sampling_params, given, state.call)
             async with aclosing(self._chunks(requests, state)) as chunks:
                 async for index, chunk in chunks:
+                    if has_head and state.is_plain and chunk.finish_reason is None:
+                        between += chunk.token_ids
+                        if chunk.text:
+                            yield chunk
+                        continue
+                    if between:
+                        chunk = replace(chunk, token_ids=(*between, *chunk.token_ids))  # noqa: PLW2901 - the same chunk, grown
                     output = outputs.add(index, chunk)
                     if output is not None:
+                        has_head = True
                         yield output
         except ServeAppError as error:
             state.error = error

@@ -20,7 +20,6 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -31,6 +30,7 @@ from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from serve_app.adapters.vllm_link_client import CALL, CallState, LinkEngineClient
+from serve_app.adapters.vllm_openai_plain import PlainChat, PlainCompletion
 from serve_app.core.errors import ServeAppError
 from serve_app.ports import Entropy, Generate, OpenAiAnswer, OpenAiCall, OpenAiModel
 
@@ -57,22 +57,32 @@ class VllmOpenAi:
             "request_logger": None,
             "chat_template": None,
             "chat_template_content_format": _CONTENT_FORMAT,
+        }
+        parsers: dict[str, Any] = {
             "enable_auto_tools": bool(model.tool_parser),
             "tool_parser": model.tool_parser or None,
             "reasoning_parser": model.reasoning_parser,
         }
-        renderer = OnlineRenderer(client.model_config, client.renderer, **shared)
+        config = client.model_config
+        renderer = OnlineRenderer(config, client.renderer, **shared, **parsers)
         renderer.warmup()
-        counted: dict[str, Any] = {"enable_prompt_tokens_details": True}
-        self._chat = OpenAIServingChat(
-            engine, models, "assistant", online_renderer=renderer, **shared, **counted
+        shared["enable_prompt_tokens_details"] = True
+        chat: dict[str, Any] = {"online_renderer": renderer, **shared}
+        self._chat = OpenAIServingChat(engine, models, "assistant", **chat, **parsers)
+        # Parsing costs as much per token as all else; without tools there is nothing to parse.
+        self._plain_chat = (
+            self._chat if model.reasoning_parser else PlainChat(engine, models, "assistant", **chat)
         )
-        self._completion = OpenAIServingCompletion(
-            engine, models, online_renderer=renderer, request_logger=None, **counted
+        self._completion = PlainCompletion(
+            engine,
+            models,
+            online_renderer=renderer,
+            request_logger=None,
+            enable_prompt_tokens_details=True,
         )
-        self._responses = OpenAIServingResponses(engine, models, renderer, **shared, **counted)
+        self._responses = OpenAIServingResponses(engine, models, renderer, **shared, **parsers)
         self._kinds: dict[str, tuple[type[BaseModel], Any]] = {
-            "chat/completions": (ChatCompletionRequest, self._chat.create_chat_completion),
+            "chat/completions": (ChatCompletionRequest, self._complete_chat),
             "completions": (CompletionRequest, self._completion.create_completion),
             "responses": (ResponsesRequest, self._responses.create_responses),
         }
@@ -104,6 +114,10 @@ class VllmOpenAi:
                 is_whole = answer is not None and answer.status == HTTPStatus.OK
                 call.report_usage(state.total(), is_whole)
         return answer
+
+    async def _complete_chat(self, request: ChatCompletionRequest) -> Any:
+        handler = self._chat if request.tools else self._plain_chat
+        return await handler.create_chat_completion(request)
 
 
 async def _answer(made: Any, state: CallState) -> OpenAiAnswer:
