@@ -211,7 +211,8 @@ def print_table(arms: dict[tuple[int, str], Arm], kind: str) -> None:
         first = [1000 * percentile(arm.first_s, share) for share in (0.5, 0.99)]
         print(
             f"| {count} | {way} | {spread(arm.tokens_per_s, digits=0)} | {ratio} "
-            f"| {spread(arm.cpu_us, digits=0)} | {first[0]:.1f} / {first[1]:.1f} | {arm.error_count} of {arm.asked_count} |"
+            f"| {spread(arm.cpu_us, digits=0)} | {first[0]:.1f} / {first[1]:.1f} "
+            f"| {arm.error_count} of {arm.asked_count} |"
         )
 
 
