@@ -9,11 +9,12 @@ from starlette.responses import Response
 
 from inferpipe.wire import DecisionList
 from serve_app.core.auth import Scope
-from serve_app.core.errors import ForbiddenError, InvalidRequestError
+from serve_app.core.errors import ForbiddenError
 from serve_app.core.routing import Candidate, Decision
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import services_of
 from serve_app.ingress.openapi import described
+from serve_app.ingress.queries import whole_number
 from serve_app.ingress.views import timestamp
 
 router = APIRouter(prefix="/v1", tags=["hosts"])
@@ -37,10 +38,8 @@ async def list_decisions(request: Request) -> Response:
     principal = await services.authenticator.principal(request, Scope.ADMIN)
     if principal.workspace != services.settings.workspace_id:
         raise ForbiddenError("decisions are shown to an admin key of the first workspace")
-    limit = request.query_params.get("limit", str(LIST_DEFAULT))
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= LIST_MAX):
-        raise InvalidRequestError(f"limit is a number from 1 to {LIST_MAX}")
-    found = await services.inference.decisions(int(limit))
+    limit = whole_number(request, "limit", LIST_DEFAULT, 1, LIST_MAX)
+    found = await services.inference.decisions(limit)
     return json_response({"items": [_decision_view(decision) for decision in found]})
 
 

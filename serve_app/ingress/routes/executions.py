@@ -39,6 +39,7 @@ from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import read_json, validate
 from serve_app.ingress.idempotency import body_hash, idempotency_key
 from serve_app.ingress.openapi import IDEMPOTENCY_KEY, LAST_EVENT_ID, SSE, described
+from serve_app.ingress.queries import whole_number
 from serve_app.ingress.views import (
     KEEP_ALIVE,
     item_view,
@@ -282,18 +283,18 @@ def _retry_policy(wish: RetryConfig) -> RetryPolicy:
 
 def _list_query(request: Request, workspace: str) -> ListQuery:
     params = request.query_params
-    status, limit = params.get("status"), params.get("limit", str(LIST_DEFAULT))
+    status = params.get("status")
     if status is not None and status not in set(Status):
-        raise InvalidRequestError(f"status is one of {', '.join(Status)}")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= LIST_MAX):
-        raise InvalidRequestError(f"limit is a number from 1 to {LIST_MAX}")
+        problem = Problem(("query", "status"), f"one of {', '.join(Status)}")
+        raise InvalidRequestError("there is no such status", [problem])
+    limit = whole_number(request, "limit", LIST_DEFAULT, 1, LIST_MAX)
     before = None
     if cursor := params.get("cursor"):
         created_ms, _, last_id = cursor.partition(".")
         if not (created_ms.isascii() and created_ms.isdigit() and last_id):
             raise InvalidCursorError("send the nextCursor of the last page as cursor")
         before = (int(created_ms[:15]), last_id)
-    return ListQuery(workspace, params.get("workflowId"), status, before, int(limit))
+    return ListQuery(workspace, params.get("workflowId"), status, before, limit)
 
 
 def _cursor(request: Request) -> int:

@@ -10,13 +10,14 @@ from starlette.responses import Response
 
 from inferpipe.wire import SessionMessageList, SessionRequest, SessionView
 from serve_app.core.auth import Scope
-from serve_app.core.errors import InvalidCursorError, InvalidRequestError
+from serve_app.core.errors import InvalidCursorError
 from serve_app.core.session import Session
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import services_of
 from serve_app.ingress.bodies import read_json, validate
 from serve_app.ingress.idempotency import answer_once
 from serve_app.ingress.openapi import IDEMPOTENCY_KEY, described
+from serve_app.ingress.queries import whole_number
 from serve_app.ingress.views import timestamp
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
@@ -94,10 +95,7 @@ async def list_messages(request: Request, session_id: str) -> Response:
     cursor = request.query_params.get("cursor", "0")
     if not (cursor.isascii() and cursor.isdigit() and len(cursor) <= CURSOR_DIGITS_MAX):
         raise InvalidCursorError("the cursor is none of ours")
-    limit = request.query_params.get("limit", str(PAGE_DEFAULT))
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= PAGE_MAX):
-        raise InvalidRequestError(f"limit is a number from 1 to {PAGE_MAX}")
-    start, size = int(cursor), int(limit)
+    start, size = int(cursor), whole_number(request, "limit", PAGE_DEFAULT, 1, PAGE_MAX)
     session = await services.sessions.find(principal.workspace, session_id)
     found = await services.sessions.messages(session, start, size + 1)
     items = [
