@@ -103,9 +103,11 @@ async def running_api(
     runtime = Runtime(stores.store, types, CelExpressions(), clock, entropy, endings.outgoing)
     bells = RedisBells(stores.nodes, worker_channels("w1", settings.partitions), clock)
     executor = Executor("w1", runtime, bells, services.catalog, WorkerLimits(3000, 200, 64))
-    works = (services.feeds.run(), services.health.run(), executor.run())
-    running = [asyncio.ensure_future(work) for work in works]
+    running = [asyncio.ensure_future(work) for work in (services.feeds.run(), executor.run())]
     while not executor.beat_at_s:
+        await asyncio.sleep(0.005)
+    running.append(asyncio.ensure_future(services.health.run()))
+    while services.health.sample.status != "healthy":
         await asyncio.sleep(0.005)
     app = create_app(services)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
