@@ -84,10 +84,15 @@ def problem_response(error: ServeAppError, request_id: str) -> Response:
     if isinstance(error, InvalidRequestError):
         shown = error.problems[:_PROBLEMS_SHOWN_MAX]
         body["errors"] = [{"loc": list(problem.loc), "msg": problem.msg} for problem in shown]
-    headers = {}
-    if code in _IS_WORTH_A_RETRY:
-        standing = error.standing if isinstance(error, RateLimitExceededError) else None
-        headers["Retry-After"] = str(standing.reset_s if standing else RETRY_AFTER_S)
+    return Response(orjson.dumps(body), status, error_headers(error), "application/problem+json")
+
+
+def error_headers(error: ServeAppError) -> dict[str, str]:
+    """What an error says in headers, on every surface: when to ask again, and how to be known."""
+    code = ErrorCode(error.code)
     if code is ErrorCode.UNAUTHORIZED:
-        headers["WWW-Authenticate"] = "Bearer"
-    return Response(orjson.dumps(body), status, headers, "application/problem+json")
+        return {"WWW-Authenticate": "Bearer"}
+    if code not in _IS_WORTH_A_RETRY:
+        return {}
+    standing = error.standing if isinstance(error, RateLimitExceededError) else None
+    return {"Retry-After": str(standing.reset_s if standing else RETRY_AFTER_S)}

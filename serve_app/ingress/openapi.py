@@ -78,29 +78,32 @@ SSE = {
 
 
 def described(
-    body: type[BaseModel] | None = None,
+    body: type[BaseModel] | Mapping[str, object] | None = None,
     *,
     example: Mapping[str, object] | None = None,
+    is_required: bool = True,
     query: Mapping[str, tuple[Mapping[str, object], str]] | None = None,
     headers: tuple[Mapping[str, object], ...] = (),
 ) -> dict[str, Any]:
     """What a route hands to FastAPI as `openapi_extra`.
 
     Args:
-        body: the model of its JSON body, which the route reads by itself.
+        body: the model of its JSON body, which the route reads by itself, or a JSON Schema.
         example: a body that works.
+        is_required: whether there must be a body.
         query: schema and description by name.
         headers: parameters such as IDEMPOTENCY_KEY.
     """
     parameters: list[dict[str, object]] = [dict(header) for header in headers]
-    for name, (schema, text) in (query or {}).items():
-        parameters.append({"name": name, "in": "query", "description": text, "schema": schema})
+    for name, (values, text) in (query or {}).items():
+        parameters.append({"name": name, "in": "query", "description": text, "schema": values})
     extra: dict[str, Any] = {"parameters": parameters} if parameters else {}
     if body is not None:
-        content: dict[str, object] = {"schema": body.model_json_schema(by_alias=True)}
+        schema = body if isinstance(body, Mapping) else body.model_json_schema(by_alias=True)
+        content: dict[str, object] = {"schema": schema}
         if example is not None:
             content["example"] = example
-        extra["requestBody"] = {"required": True, "content": {"application/json": content}}
+        extra["requestBody"] = {"required": is_required, "content": {"application/json": content}}
     return extra
 
 

@@ -16,7 +16,6 @@ from tests.support.openapi import openapi_document
 EXAMPLES = 8  # per operation; all are repeated with ids that exist
 HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}"}
 SCHEMATHESIS_CHECKS = (
-    "not_a_server_error",
     "status_code_conformance",
     "content_type_conformance",
     "response_headers_conformance",
@@ -58,9 +57,15 @@ def known(url: str) -> dict[str, str]:
 def test_no_request_breaks_the_service(
     case: schemathesis.Case, url: str, known: dict[str, str]
 ) -> None:
-    checks = CHECKS.get_by_names(SCHEMATHESIS_CHECKS)
-    case.call_and_validate(base_url=url, headers=HEADERS, checks=checks, timeout=20)
+    call(case, url)
     in_path = case.path_parameters or {}
     if known.keys() & in_path.keys():
         case.path_parameters = {**in_path, **{k: v for k, v in known.items() if k in in_path}}
-        case.call_and_validate(base_url=url, headers=HEADERS, checks=checks, timeout=20)
+        call(case, url)
+
+
+def call(case: schemathesis.Case, url: str) -> None:
+    checks = CHECKS.get_by_names(SCHEMATHESIS_CHECKS)
+    answer = case.call_and_validate(base_url=url, headers=HEADERS, checks=checks, timeout=20)
+    # No model is served here: that is said with a 503 that the document knows.
+    assert answer.status_code < 500 or answer.json()["code"] == "NO_HOSTS_AVAILABLE"

@@ -24,10 +24,11 @@ from serve_app.core.errors import (
 )
 from serve_app.core.inference import Usage
 from serve_app.core.usage import Spending, Waste
-from serve_app.ingress.answers import json_response
+from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json, read_body
-from serve_app.ingress.errors import RETRY_AFTER_S, STATUS
+from serve_app.ingress.errors import STATUS, error_headers
+from serve_app.ingress.openapi import described
 from serve_app.ports import OpenAiAnswer, OpenAiCall, OpenAiModel, OpenAiServing
 
 logger = logging.getLogger(__name__)
@@ -65,40 +66,113 @@ class _OpenAiRoute(APIRoute):
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=_OpenAiRoute)
 
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "integer", "null"]},
+            },
+        }
+    },
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {"schema": {"type": "object"}}}},
+    **{
+        status: {
+            "description": error["description"],
+            "content": {"application/json": {"schema": _ERROR_SCHEMA}},
+        }
+        for status, error in ERRORS.items()
+    },
+}
+_ERRORS[404]["content"]["application/problem+json"] = {"schema": {"type": "object"}}  # no route
+_GENERATED: dict[int | str, dict[str, Any]] = {
+    **_ERRORS,
+    200: {
+        "description": "The completion, or with `stream` its chunks as server-sent events",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "object"}},
+        },
+    },
+}
 
-@router.post("/chat/completions", summary="OpenAI: chat completion")
+
+def _takes(member: str, schema: dict[str, object], example: object) -> dict[str, Any]:
+    """A body of which OpenAI's reference says the rest."""
+    model = {"type": "string"}
+    body = {
+        "type": "object",
+        "required": [member],
+        "properties": {"model": model, "stream": {"type": "boolean"}, member: schema},
+    }
+    return described(body, example={"model": "SmolLM2-135M-Instruct", member: example})
+
+
+@router.post(
+    "/chat/completions",
+    responses=_GENERATED,
+    openapi_extra=_takes(
+        "messages",
+        {"type": "array", "items": {"type": "object"}},
+        [{"role": "user", "content": "Hi"}],
+    ),
+    summary="OpenAI: chat completion",
+)
 async def create_chat_completion(request: Request) -> Response:
     """As vLLM's own server: tools, logprobs, structured output and `stream_options` included."""
     return await _generated(request, "chat/completions")
 
 
-@router.post("/completions", summary="OpenAI: completion of a text or of tokens")
+@router.post(
+    "/completions",
+    responses=_GENERATED,
+    openapi_extra=_takes("prompt", {}, "Once upon a time"),
+    summary="OpenAI: completion of a text or of tokens",
+)
 async def create_completion(request: Request) -> Response:
     """As vLLM's own server."""
     return await _generated(request, "completions")
 
 
-@router.post("/responses", summary="OpenAI: response")
+@router.post(
+    "/responses",
+    responses=_GENERATED,
+    openapi_extra=_takes("input", {}, "Say hello."),
+    summary="OpenAI: response",
+)
 async def create_response(request: Request) -> Response:
     """As vLLM's own server; responses are not stored."""
     return await _generated(request, "responses")
 
 
-@router.post("/embeddings", summary="OpenAI: embeddings (no engine here offers them)")
+@router.post(
+    "/embeddings",
+    responses=_ERRORS,
+    openapi_extra=_takes("input", {}, "hello"),
+    summary="OpenAI: embeddings (no engine here offers them)",
+)
 async def create_embeddings(request: Request) -> Response:
     """Refused: the engines of this service generate text."""
     await services_of(request).authenticator.principal(request, Scope.EXECUTE)
     raise ModelNotAvailableError("no model here gives embeddings")
 
 
-@router.get("/models", summary="OpenAI: the models")
+@router.get("/models", responses=_ERRORS, summary="OpenAI: the models")
 async def list_models(request: Request) -> Response:
     """Every name a model answers to is an entry."""
     cards = await _cards(request)
     return json_response({"object": "list", "data": list(cards.values())})
 
 
-@router.get("/models/{model_id:path}", summary="OpenAI: one model")
+@router.get("/models/{model_id:path}", responses=_ERRORS, summary="OpenAI: one model")
 async def get_model(request: Request, model_id: str) -> Response:
     """Ids may hold slashes."""
     cards = await _cards(request)
@@ -119,8 +193,7 @@ def error_response(error: ServeAppError) -> Response:
         "param": "model" if code is ErrorCode.MODEL_NOT_AVAILABLE else None,
         "code": _OPENAI_CODE.get(code, code.lower()),
     }
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
-    return json_response({"error": body}, status, headers)
+    return json_response({"error": body}, status, error_headers(error))
 
 
 async def _generated(request: Request, kind: str) -> Response:

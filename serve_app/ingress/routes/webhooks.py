@@ -14,6 +14,7 @@ from starlette.responses import Response
 from inferpipe.wire import (
     DeliveryList,
     DeliveryView,
+    Replayed,
     ReplayRequest,
     RotateSecretRequest,
     WebhookList,
@@ -30,6 +31,8 @@ from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json, read_body, validate
 from serve_app.ingress.idempotency import answer_once
+from serve_app.ingress.openapi import IDEMPOTENCY_KEY, described
+from serve_app.ingress.queries import whole_number
 from serve_app.ingress.views import timestamp
 from serve_app.ports import DeliveryQuery
 from serve_app.services.webhooks import Shown, WebhookWish
@@ -43,18 +46,16 @@ HIDDEN = "…"
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def _takes(model: type[BaseModel], *, required: bool) -> dict[str, object]:
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    content = {"application/json": {"schema": schema}}
-    return {"requestBody": {"required": required, "content": content}}
-
-
 @router.post(
     "/webhooks",
     status_code=201,
     response_model=WebhookView,
     responses=ERRORS,
-    openapi_extra=_takes(WebhookRequest, required=True),
+    openapi_extra=described(
+        WebhookRequest,
+        example={"url": "https://example.com/hook", "events": ["workflow.completed"]},
+        headers=(IDEMPOTENCY_KEY,),
+    ),
     summary="Make a webhook",
 )
 async def create_webhook(request: Request) -> Response:
@@ -111,7 +112,7 @@ async def get_webhook(request: Request, webhook_id: str) -> Response:
     "/webhooks/{webhook_id}",
     response_model=WebhookView,
     responses=ERRORS,
-    openapi_extra=_takes(WebhookPatch, required=True),
+    openapi_extra=described(WebhookPatch, example={"enabled": False}),
     summary="Change a webhook",
 )
 async def update_webhook(request: Request, webhook_id: str) -> Response:
@@ -154,6 +155,7 @@ async def delete_webhook(request: Request, webhook_id: str) -> Response:
     status_code=202,
     response_model=DeliveryView,
     responses=ERRORS,
+    openapi_extra=described(headers=(IDEMPOTENCY_KEY,)),
     summary="Send a test event",
 )
 async def test_webhook(request: Request, webhook_id: str) -> Response:
@@ -171,7 +173,12 @@ async def test_webhook(request: Request, webhook_id: str) -> Response:
     "/webhooks/{webhook_id}/rotate-secret",
     response_model=WebhookSecret,
     responses=ERRORS,
-    openapi_extra=_takes(RotateSecretRequest, required=False),
+    openapi_extra=described(
+        RotateSecretRequest,
+        example={"overlap": 3_600_000},
+        is_required=False,
+        headers=(IDEMPOTENCY_KEY,),
+    ),
     summary="Make a new secret",
 )
 async def rotate_secret(request: Request, webhook_id: str) -> Response:
@@ -193,6 +200,13 @@ async def rotate_secret(request: Request, webhook_id: str) -> Response:
     "/webhooks/{webhook_id}/deliveries",
     response_model=DeliveryList,
     responses=ERRORS,
+    openapi_extra=described(
+        query={
+            "status": ({"type": "string", "enum": list(DeliveryStatus)}, "In this status alone."),
+            "cursor": ({"type": "string"}, "`nextCursor` of the page before."),
+            "limit": ({"type": "integer", "minimum": 1, "maximum": LIST_MAX}, "Items on a page."),
+        }
+    ),
     summary="What was sent to a webhook",
 )
 async def list_deliveries(request: Request, webhook_id: str) -> Response:
@@ -228,6 +242,7 @@ async def get_delivery(request: Request, delivery_id: str) -> Response:
     status_code=202,
     response_model=DeliveryView,
     responses=ERRORS,
+    openapi_extra=described(headers=(IDEMPOTENCY_KEY,)),
     summary="Send a delivery again",
 )
 async def replay_delivery(request: Request, delivery_id: str) -> Response:
@@ -244,8 +259,11 @@ async def replay_delivery(request: Request, delivery_id: str) -> Response:
 @router.post(
     "/webhooks/{webhook_id}/replay",
     status_code=202,
+    response_model=Replayed,
     responses=ERRORS,
-    openapi_extra=_takes(ReplayRequest, required=False),
+    openapi_extra=described(
+        ReplayRequest, example={"status": "dead"}, is_required=False, headers=(IDEMPOTENCY_KEY,)
+    ),
     summary="Send many deliveries again",
 )
 async def replay_webhook(request: Request, webhook_id: str) -> Response:
@@ -280,13 +298,10 @@ async def _wish(request: Request, services: Services, model: type[Model]) -> tup
 
 def _query(request: Request, webhook_id: str) -> DeliveryQuery:
     params = request.query_params
-    status, limit = params.get("status"), params.get("limit", str(LIST_DEFAULT))
+    status = params.get("status")
     if status is not None and status not in set(DeliveryStatus):
         problem = Problem(("query", "status"), f"one of {', '.join(DeliveryStatus)}")
         raise InvalidRequestError("status is not known", [problem])
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= LIST_MAX):
-        problem = Problem(("query", "limit"), f"a number from 1 to {LIST_MAX}")
-        raise InvalidRequestError("limit is out of bounds", [problem])
     before = None
     if cursor := params.get("cursor"):
         created_ms, _, last_id = cursor.partition(".")
@@ -297,7 +312,7 @@ def _query(request: Request, webhook_id: str) -> DeliveryQuery:
         webhook_id,
         None if status is None else DeliveryStatus(status),
         before=before,
-        limit=int(limit),
+        limit=whole_number(request, "limit", LIST_DEFAULT, 1, LIST_MAX),
     )
 
 
