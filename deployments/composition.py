@@ -7,11 +7,13 @@ from importlib.metadata import version
 
 from deployments.definitions import catalog_of, publish_definitions
 from deployments.webhooks import webhooks_of
+from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.metrics import ProcessMetrics
 from serve_app.adapters.redis_bells import RedisBells, ingress_channels
 from serve_app.adapters.redis_config import RedisKeys
 from serve_app.adapters.redis_connect import RedisConnections, metrics_of
+from serve_app.adapters.redis_gates import RedisGates
 from serve_app.adapters.redis_idempotency import RedisIdempotency
 from serve_app.adapters.redis_limits import RedisLimits
 from serve_app.adapters.redis_replicas import RedisReplicas
@@ -28,6 +30,7 @@ from serve_app.ingress.views import render_sse
 from serve_app.ports import Clock, Entropy, OpenAiModel, OpenAiServing
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
+from serve_app.services.flow import Flow, FlowLimits
 from serve_app.services.health import Health
 from serve_app.services.hosts import Hosts
 from serve_app.services.inference import Inference
@@ -69,6 +72,12 @@ def compose(
             feeds,
             clock,
             entropy,
+            flow=Flow(
+                RedisGates(stores.calls, partition_count=settings.partitions),
+                CelExpressions(),
+                clock,
+                FlowLimits(settings.flow_waiting_max, settings.flow_ahead_s * 1000),
+            ),
             timeout_default_ms=settings.timeout_default_ms,
         ),
         feeds=feeds,

@@ -32,6 +32,7 @@ from serve_app.core.delivery import (
 )
 from serve_app.core.errors import Problem
 from serve_app.core.execution import Execution, ExecutionCreated, Wait
+from serve_app.core.gates import Gate
 from serve_app.core.inference import (
     AdmitRequest,
     Chunk,
@@ -55,7 +56,7 @@ from serve_app.core.routing import Decision, ReplicaReport
 from serve_app.core.session import Session, SessionLimits, SessionMessage
 from serve_app.core.usage import Spending, UsageRow
 from serve_app.core.webhooks import Webhook
-from serve_app.core.workflow import Workflow
+from serve_app.core.workflow import RateLimit, Workflow
 
 
 class Clock(Protocol):
@@ -376,9 +377,16 @@ class ExecutionStore(Protocol):
         ...
 
     async def create(
-        self, execution_id: str, created: ExecutionCreated, commit_id: str, watcher: str
+        self,
+        execution_id: str,
+        created: ExecutionCreated,
+        commit_id: str,
+        watcher: str,
+        start_at_ms: int = 0,
     ) -> Accepted:
         """Accept an execution, hand it to a worker, and tell `watcher` of its events.
+
+        It is handed on once `start_at_ms` (Unix epoch) has come and its gates let it through.
 
         Raises:
             OverloadedError: the partition's ready queue is full.
@@ -411,6 +419,32 @@ class ExecutionStore(Protocol):
 
     async def last_seqs(self, execution_ids: Collection[str]) -> Mapping[str, int]:
         """The last sequence numbers; ids that are gone are left out."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GatePlaces:
+    """How full a gate is; `has_result` says that it keeps one to share."""
+
+    inside_count: int
+    waiting_count: int
+    has_result: bool
+
+
+class FlowStore(Protocol):
+    """Gates and rates. Raises StoreUnavailableError when the store stays out of reach."""
+
+    async def places(self, gate: Gate) -> GatePlaces:
+        """How full a gate is now."""
+        ...
+
+    async def take_rate(self, name: str, rate: RateLimit, ahead_max_ms: int) -> int:
+        """Take one start from a rate, now or later.
+
+        Returns:
+            The ms to wait before the start, at most `ahead_max_ms`; where that is not enough,
+            nothing is taken and the answer is minus the ms until it would be.
+        """
         ...
 
 

@@ -166,6 +166,12 @@ class Settings(BaseSettings):
     result_max_bytes: int = Field(
         8 << 20, ge=1024, description="Largest result of a step, as JSON; beyond it the step fails."
     )
+    flow_waiting_max: int = Field(
+        1_000, ge=0, description="Executions in line before one concurrency limit or cache entry."
+    )
+    flow_ahead_s: int = Field(
+        600, ge=0, description="How far ahead of a workflow's rate limit an execution is accepted."
+    )
     retention_s: int = Field(
         7 * 86400, ge=60, description="How long an ended execution can be read."
     )

@@ -28,6 +28,7 @@ from serve_app.core.execution import (
     WaitKind,
     new_execution,
 )
+from serve_app.core.gates import Gate, Verdict
 from serve_app.core.inference import Usage
 from serve_app.core.journal import StoredEvent
 from serve_app.core.retry import Backoff, RetryPolicy
@@ -65,6 +66,9 @@ def decode_event(
         members["wait"] = _wait(members["wait"])
     if kind == "execution.created":
         members["retry"] = _retry(members["retry"])
+        members["gates"] = tuple(Gate(**gate) for gate in members.get("gates", ()))
+    if kind == "gate.answered":
+        members["verdict"] = Verdict(members["verdict"])
     return KINDS[kind](**members)
 
 
@@ -126,6 +130,8 @@ def decode_snapshot(
         return execution
     members = joined(snapshot["x"], payloads)
     members["signals"] = tuple(Signal(**signal) for signal in members.get("signals") or ())
+    if members.get("verdict") is not None:
+        members["verdict"] = Verdict(members["verdict"])
     return replace(execution, **members)
 
 

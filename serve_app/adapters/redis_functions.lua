@@ -6,7 +6,8 @@
 -- itself never exists: so a server that is giving the slot away key by key refuses every call to it
 -- (ASK) before it begins, and no function sees half of its keys.
 --
---   p:s:<execution>        hash    snapshot: seq owner status ws wf at prio watch created x st:<step>
+--   p:s:<execution>        hash    snapshot: seq owner status ws wf at prio watch created x st:<step>,
+--                                  ask and due of one that may not start yet
 --   p:j:<execution>        stream  journal: id "<seq>-0", fields k (kind) d (JSON) c (commit id)
 --   p:b:<execution>        hash    payloads above the inline bound, by the name records refer to
 --   p:ready                zset    executions without an owner that have work; score: priority, age
@@ -18,6 +19,9 @@
 --   p:ix:<ws>[:wf:<id>|:st:<status>]  zset  executions by creation time
 --   p:outbox               stream  messages for other partitions; p:seen zset, message ids applied here
 --   p:log:<name>           stream  what the relay delivered here
+--   p:gate:<name>          zset    executions inside a gate; :line zset, those that wait; :messages
+--                                  hash, what they asked; :value string, a cached result, its ttl
+--   p:rate:<name>          string  when a rate limit is next without debt; expires with it
 --   p:use:<ws>:<day>       hash    usage counters by workflow and key; INFERPIPE_USAGE_RETENTION_DAYS
 --   p:spent:<ws>           hash    key id -> tokens it ever spent here; expires 32 days after the last
 --   p:in:<ingress>, p:w:<worker>, p:bell   sharded channels
@@ -150,21 +154,37 @@ local function keep_payloads(p, eid, args, at)
   return at + 1 + 2 * tonumber(args[at])
 end
 
--- create: eid commit_id data ws workflow created_ms priority watcher backlog_max payloads_n (name bytes)*
+-- An execution asks a gate, and waits for the answer until its deadline ('': for ever).
+local function ask(p, eid, message, deadline_ms)
+  redis.call('XADD', p .. ':outbox', '*', 'm', message[1], 't', message[2], 'b', message[3])
+  if deadline_ms ~= '' then redis.call('ZADD', p .. ':timers', deadline_ms, eid) end
+end
+
+-- create: eid commit_id data ws workflow created_ms priority watcher backlog_max start_ms deadline_ms
+--         payloads_n (name bytes)* [message_id target body]
+-- With a message it waits for the answer, at most until its deadline, before it goes to a worker.
 local function create(keys, args)
   local p, eid = keys[1], args[1]
   local s = p .. ':s:' .. eid
   if redis.call('EXISTS', s) == 1 then return {'same', redis.call('HGETALL', s)} end
   if redis.call('ZCARD', p .. ':ready') >= tonumber(args[9]) then return {'overloaded'} end
   local ws, workflow, at = args[4], args[5], args[6]
-  keep_payloads(p, eid, args, 10)
+  local m = keep_payloads(p, eid, args, 12)
+  local message = args[m] and {args[m], args[m + 1], args[m + 2]}
   redis.call('XADD', p .. ':j:' .. eid, '1-0', 'k', 'execution.created', 'd', args[3], 'c', args[2])
   redis.call('HSET', s, 'seq', '1', 'owner', '', 'status', 'pending', 'ws', ws, 'wf', workflow,
     'at', at, 'prio', args[7], 'watch', args[8], 'created', args[3])
   redis.call('ZADD', p .. ':ix:' .. ws, at, eid)
   redis.call('ZADD', p .. ':ix:' .. ws .. ':wf:' .. workflow, at, eid)
   redis.call('ZADD', p .. ':ix:' .. ws .. ':st:pending', at, eid)
-  assign(p, eid, args[7], #args[3] <= PUBLISH_MAX and args[3] or '')
+  if tonumber(args[10]) > now_ms() then
+    if message then redis.call('HSET', s, 'ask', cmsgpack.pack(message), 'due', args[11]) end
+    redis.call('ZADD', p .. ':timers', args[10], eid)
+  elseif message then
+    ask(p, eid, message, args[11])
+  else
+    assign(p, eid, args[7], #args[3] <= PUBLISH_MAX and args[3] or '')
+  end
   return {'new'}
 end
 
@@ -261,8 +281,14 @@ local function heartbeat(keys, args)
   end
   for _, eid in ipairs(redis.call('ZRANGEBYSCORE', p .. ':timers', '-inf', text(now), 'LIMIT', 0, DUE_MAX)) do
     redis.call('ZREM', p .. ':timers', eid)
-    local h = redis.call('HMGET', p .. ':s:' .. eid, 'owner', 'prio')
-    if h[1] == '' then assign(p, eid, h[2]) end
+    local s = p .. ':s:' .. eid
+    local h = redis.call('HMGET', s, 'owner', 'prio', 'ask', 'due')
+    if h[1] == '' and h[3] then
+      redis.call('HDEL', s, 'ask', 'due')
+      ask(p, eid, cmsgpack.unpack(h[3]), h[4])
+    elseif h[1] == '' then
+      assign(p, eid, h[2])
+    end
   end
   local next_timer = redis.call('ZRANGE', p .. ':timers', 0, 0, 'WITHSCORES')
   return {

@@ -1,10 +1,12 @@
 """ExecutionStore and WorkerStore on Redis or Valkey.
 
 Owns the arguments and answers of the functions in `redis_functions.lua`, where every key stands.
-Invariant: one transition is one function call; nothing here reads, decides and then writes.
+Invariant: one transition is one function call. A message that becomes an event is committed under
+the sequence number it was decided on, like anybody's append.
 """
 
 import asyncio
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -29,8 +31,10 @@ from serve_app.adapters.payloads import (
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_index import Flat, RedisIndex, fields_of, partition_key
 from serve_app.adapters.redis_usage import booking_args
+from serve_app.adapters.redis_verdicts import entrance, take_verdict
 from serve_app.core.errors import BodyTooLargeError, OverloadedError, StoreUnavailableError
 from serve_app.core.execution import Execution, ExecutionCreated, Status, new_execution
+from serve_app.core.gate_messages import GATE_LOG, VERDICT_LOG
 from serve_app.core.journal import (
     Commit,
     CommitAnswer,
@@ -46,9 +50,12 @@ from serve_app.core.journal import (
 from serve_app.core.usage import spending_of
 from serve_app.ports import Accepted, ListQuery
 
+logger = logging.getLogger(__name__)
+
 DAY_MS = 24 * 3600 * 1000
 # Logs that are more than a list: what applies a message there, by the word before the colon.
-APPLIED_BY = MappingProxyType({"webhook": "ip1_webhook_accept"})
+APPLIED_BY = MappingProxyType({"webhook": "ip1_webhook_accept", GATE_LOG: "ip1_gate"})
+RELAY_NOW_MAX = 64  # messages sent by an acceptance; more are a worker's work
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +103,18 @@ class RedisStore:
         return self._partition_count
 
     async def create(
-        self, execution_id: str, created: ExecutionCreated, commit_id: str, watcher: str
+        self,
+        execution_id: str,
+        created: ExecutionCreated,
+        commit_id: str,
+        watcher: str,
+        start_at_ms: int = 0,
     ) -> Accepted:
         """See `ports.ExecutionStore`."""
         splitter = self._splitter()
         _, data = encode_event(created, splitter)
         self._check_input(created, len(data) + sum(map(len, splitter.payloads.values())))
+        asked = entrance(execution_id, created, self._partition_count)
         answer = await self._calls.fcall(
             "ip1_create",
             self._key(execution_id),
@@ -114,9 +127,14 @@ class RedisStore:
             created.priority,
             watcher,
             self._backlog_max,
+            start_at_ms,
+            "" if created.deadline_ms is None else created.deadline_ms,
             *_payload_args(splitter),
+            *asked,
         )
         if answer[0] == b"new":
+            if asked:
+                await self._relay_now(execution_id)
             return Accepted(is_new=True, execution=new_execution(execution_id, created))
         if answer[0] == b"same":
             execution = await self._execution(execution_id, answer[1])
@@ -242,6 +260,8 @@ class RedisStore:
     async def send(self, outgoing: Outgoing) -> bool:
         """See `ports.WorkerStore`."""
         key = partition_key(outgoing.target_partition)
+        if outgoing.log == VERDICT_LOG:
+            return await take_verdict(self, outgoing)
         args = (outgoing.message_id, outgoing.log, outgoing.body)
         function = APPLIED_BY.get(outgoing.log.partition(":")[0], "ip1_apply")
         return bool(await self._calls.fcall(function, key, *args))
@@ -267,7 +287,20 @@ class RedisStore:
             await self._calls.call("XDEL", outbox, *sent)
         if failures:
             raise failures[0]
+        # A gate answers through its own outbox, and somebody waits for it now.
+        gates = {_outgoing(m).target_partition for _, m in rows if _outgoing(m).log == GATE_LOG}
+        for target in gates - {partition}:
+            await self.relay(target, limit)
         return len(rows)
+
+    async def _relay_now(self, execution_id: str) -> None:
+        """Send what an acceptance left in the outbox; if that fails, a worker's heartbeat does."""
+        partition = partition_of(execution_id, self._partition_count)
+        assert partition is not None, "the caller made the id"
+        try:
+            await self.relay(partition, RELAY_NOW_MAX)
+        except (StoreUnavailableError, OverloadedError):
+            logger.exception("relay failed", extra={"execution_id": execution_id})
 
     async def _execution(self, execution_id: str, flat: Flat) -> Execution | None:
         snapshot = fields_of(flat)

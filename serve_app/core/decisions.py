@@ -21,6 +21,7 @@ from serve_app.core.execution import (
     ChunkEmitted,
     Event,
     Execution,
+    GateAnswered,
     SignalReceived,
     Status,
     StepCompleted,
@@ -29,6 +30,7 @@ from serve_app.core.execution import (
     StepState,
     StepStatus,
 )
+from serve_app.core.gates import Verdict
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.retry import retry_delay_ms
 from serve_app.core.rounds import cut_off
@@ -117,6 +119,15 @@ def receive(execution: Execution, name: str, data: JsonValue, now_ms: int) -> tu
     if len(execution.signals) >= SIGNALS_MAX:
         raise TooManySignalsError(f"{SIGNALS_MAX} signals wait for a step already")
     return (SignalReceived(now_ms, name, data),)
+
+
+def gate_answered(
+    execution: Execution, verdict: Verdict, value: JsonValue, now_ms: int
+) -> tuple[Event, ...]:
+    """Take what its gates answered; nothing to append where that is known or came too late."""
+    if execution.status is not Status.PENDING or not execution.is_at_gate:
+        return ()
+    return (GateAnswered(now_ms, verdict, value),)
 
 
 def take_over(execution: Execution, workflow: Workflow, now_ms: int) -> tuple[Event, ...]:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from serve_app.core.definition_checks import Checks
 from serve_app.core.errors import InvalidWorkflowError, Problem
+from serve_app.core.flow_definition import flow_control
 from serve_app.core.inference import JsonValue
 from serve_app.core.plain_json import PROBLEMS_MAX, plain_document
 from serve_app.core.retry import RetryPolicy
@@ -30,10 +31,11 @@ DESCRIPTION_CHARS_MAX = 2_000
 WORKFLOW_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 STEP_ID = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")  # an identifier, so that CEL can select it
 STEP_ID_FORM = "letters, digits and _, no digit first"
-WORKFLOW_KEYS = ("id", "description", "input", "timeout", "retry", "steps", "output")
+FLOW_KEYS = ("concurrency", "rateLimit", "cache")
+WORKFLOW_KEYS = ("id", "description", "input", "timeout", "retry", *FLOW_KEYS, "steps", "output")
 STEP_KEYS = ("id", "needs", "when", "retry", "timeout")
 ANSWER_KEYS = frozenset({"version", "createdAt"})  # GET adds them, so that PUT ignores them
-WORKFLOW_KEYS_TO_COME = frozenset({"triggers", "concurrency", "rateLimit", "cache"})
+WORKFLOW_KEYS_TO_COME = frozenset({"triggers"})
 STEP_TYPES_TO_COME = frozenset({"http", "workflow", "emit", "app", "publish"})
 WAITS = ("sleep", "approval", "wait_for_event")
 COMPOSITE_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -103,6 +105,7 @@ class _Parsing:
         input_schema = self._input_schema(document, check_schema)
         timeout_ms = checks.duration(document, "timeout", ())
         retry = checks.retry(document, ())
+        flow = flow_control(document, checks)
         root = Level(("steps",))
         steps = self._steps(document.get("steps"), root)
         if "output" in document:
@@ -120,6 +123,7 @@ class _Parsing:
             retry=retry or RetryPolicy(),
             steps=steps,
             document=document,
+            flow=flow,
         )
 
     def _description(self, document: Mapping[str, JsonValue]) -> str:

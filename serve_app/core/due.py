@@ -28,6 +28,7 @@ from serve_app.core.execution import (
     Status,
     StepStatus,
 )
+from serve_app.core.gates import Verdict
 from serve_app.core.inference import JsonValue
 from serve_app.core.rounds import Round, cut_off
 from serve_app.core.scope import Evaluate, scope_of
@@ -86,7 +87,7 @@ def due_events(
     if is_ending(execution, now_ms):
         return _ending(execution, now_ms)
     if execution.status is Status.PENDING:
-        return (ExecutionStarted(now_ms),)
+        return _first(execution, now_ms)
     if execution.status is Status.WAITING:
         is_due = execution.wake_at_ms is not None and now_ms >= execution.wake_at_ms
         return (ExecutionResumed(now_ms),) if is_due else ()
@@ -107,6 +108,19 @@ def cut_off_code(execution: Execution, now_ms: int) -> ErrorCode:
     """Why a step under way was aborted; one whose neighbour failed is cancelled, not failed."""
     is_timeout = execution.status is not Status.CANCELLING and is_overdue(execution, now_ms)
     return ErrorCode.TIMEOUT if is_timeout else ErrorCode.CANCELLED
+
+
+def _first(execution: Execution, now_ms: int) -> tuple[Event, ...]:
+    """What follows acceptance: a start, a result that another execution has, or a refusal."""
+    if execution.is_at_gate:
+        return ()
+    if execution.verdict is Verdict.REFUSED:
+        error = "too many executions wait for the workflow's concurrency limit or cache"
+        return (ExecutionFailed(now_ms, error, ErrorCode.RATE_LIMIT_EXCEEDED),)
+    started = ExecutionStarted(now_ms)
+    if execution.verdict is Verdict.HIT:
+        return (started, ExecutionCompleted(now_ms, execution.data))
+    return (started,)
 
 
 def _ending(execution: Execution, now_ms: int) -> tuple[Event, ...]:

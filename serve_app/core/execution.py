@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import get_args
 
 from serve_app.core.errors import IllegalTransitionError
+from serve_app.core.gates import Gate, Verdict
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.retry import RetryPolicy
 
@@ -61,6 +62,7 @@ class ExecutionCreated:
         kept: outputs of steps that a retry takes from the execution it retries.
         key_id: of the key that asked, for the usage ledger; never the key.
         mode: how its caller asked for it: `async`, `sync` or `stream`.
+        gates: what it must pass before it starts, in order.
     """
 
     at_ms: int
@@ -78,11 +80,21 @@ class ExecutionCreated:
     kept: Mapping[str, JsonValue] = field(default_factory=dict)
     key_id: str | None = None
     mode: str = "async"
+    gates: tuple[Gate, ...] = ()
 
     @property
     def deadline_ms(self) -> int | None:
         """Unix epoch, or None."""
         return None if self.timeout_ms is None else self.at_ms + self.timeout_ms
+
+
+@dataclass(frozen=True, slots=True)
+class GateAnswered:
+    """The last of its gates let it through, handed it the result of another, or refused it."""
+
+    at_ms: int
+    verdict: Verdict
+    value: JsonValue = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +280,7 @@ class ExecutionCancelled:
 
 Event = (
     ExecutionCreated
+    | GateAnswered
     | ExecutionStarted
     | StepStarted
     | MapOpened
@@ -290,6 +303,7 @@ Event = (
 KINDS: Mapping[str, type[Event]] = MappingProxyType(
     {
         "execution.created": ExecutionCreated,
+        "gate.answered": GateAnswered,
         "execution.started": ExecutionStarted,
         "step.started": StepStarted,
         "map.opened": MapOpened,
@@ -325,6 +339,7 @@ STEP_EVENTS = get_args(StepEvent)
 
 TRANSITIONS: Mapping[tuple[Status, type[Event]], Status] = MappingProxyType(
     {
+        (Status.PENDING, GateAnswered): Status.PENDING,
         (Status.PENDING, ExecutionStarted): Status.RUNNING,
         (Status.PENDING, CancelRequested): Status.CANCELLING,
         (Status.PENDING, ExecutionFailed): Status.FAILED,
@@ -400,6 +415,7 @@ class Execution:
             kept so that a decision need not look at thousands of finished items. None: find them.
         signals: those no step has taken yet, oldest first.
         failed: the first step outside of any composite that failed; likewise.
+        verdict: of its gates; None while it is before one, or has none.
     """
 
     id: str
@@ -418,6 +434,7 @@ class Execution:
     signals: tuple[Signal, ...] = ()
     live: Mapping[str, None] | None = field(default=None, compare=False, repr=False)
     failed: str | None = field(default=None, compare=False, repr=False)
+    verdict: Verdict | None = None
 
     def __post_init__(self) -> None:
         if self.live is None:
@@ -434,6 +451,11 @@ class Execution:
     def is_terminal(self) -> bool:
         """Whether it has ended; no event can follow."""
         return self.status in TERMINAL
+
+    @property
+    def is_at_gate(self) -> bool:
+        """Whether a gate has yet to answer."""
+        return bool(self.created.gates) and self.verdict is None
 
     @property
     def usage(self) -> Usage:
@@ -523,6 +545,7 @@ class Folding:
             execution.signals,
             self._live,
             failed,
+            execution.verdict,
         )
 
     def _put(self, step_id: str, step: StepState) -> None:
@@ -537,8 +560,10 @@ def _in_status(steps: Mapping[str, StepState], wanted: Collection[StepStatus]) -
     return (step_id for step_id, step in steps.items() if step.status in wanted)
 
 
-def _with_execution(execution: Execution, event: Event) -> Execution:  # noqa: PLR0911 - one return per event
+def _with_execution(execution: Execution, event: Event) -> Execution:  # noqa: C901, PLR0911 - one return per event
     match event:
+        case GateAnswered(verdict=verdict, value=value):
+            return replace(execution, verdict=verdict, data=value)
         case ExecutionStarted(at_ms=at_ms):
             return replace(execution, started_at_ms=at_ms)
         case ExecutionParked(wake_at_ms=wake_at_ms):
@@ -554,12 +579,18 @@ def _with_execution(execution: Execution, event: Event) -> Execution:  # noqa: P
             left = tuple(signal for signal in execution.signals if signal.seq != seq)
             return replace(execution, signals=left)
         case CancelRequested(reason=reason):
-            return replace(execution, cancel_reason=reason, wake_at_ms=None)
+            # A result that its gate handed over is dropped with it.
+            return replace(execution, cancel_reason=reason, wake_at_ms=None, data=None)
         case ExecutionCompleted(at_ms=at_ms, data=data):
             return replace(execution, completed_at_ms=at_ms, data=data)
         case ExecutionFailed(at_ms=at_ms, error=error, error_code=code):
             return replace(
-                execution, completed_at_ms=at_ms, wake_at_ms=None, error=error, error_code=code
+                execution,
+                completed_at_ms=at_ms,
+                wake_at_ms=None,
+                data=None,
+                error=error,
+                error_code=code,
             )
         case ExecutionCancelled(at_ms=at_ms, error=error):
             return replace(execution, completed_at_ms=at_ms, error=error, error_code="CANCELLED")

@@ -60,6 +60,41 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Concurrency:
+    """At most `limit` executions at once, for each value of `key` where there is one.
+
+    Args:
+        key: CEL over the input; None: all executions of the workflow share the limit.
+        is_rejecting: one too many is refused instead of queued.
+    """
+
+    limit: int
+    key: str | None = None
+    is_rejecting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """At most `requests` starts in any window, for each value of `key` where there is one."""
+
+    requests: int
+    window_ms: int
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FlowControl:
+    """When an accepted execution may start."""
+
+    concurrency: Concurrency | None = None
+    rate_limit: RateLimit | None = None
+    cache_ttl_ms: int | None = None
+
+
+NO_FLOW_CONTROL = FlowControl()
+
+
+@dataclass(frozen=True, slots=True)
 class Workflow:
     """A checked definition.
 
@@ -80,6 +115,7 @@ class Workflow:
     retry: RetryPolicy
     steps: tuple[Step, ...]
     document: Mapping[str, JsonValue]
+    flow: FlowControl = NO_FLOW_CONTROL
 
     _by_id: Mapping[str, Step] = field(init=False, repr=False, compare=False)
 

@@ -26,6 +26,7 @@ from serve_app.core.execution import (
     StepState,
     StepStatus,
 )
+from serve_app.core.gates import Verdict
 from serve_app.core.inference import Usage
 from serve_app.core.journal import StoredEvent
 from serve_app.core.workflow import Workflow, every_step
@@ -55,7 +56,7 @@ def result_view(execution: Execution) -> dict[str, object]:
         "attempts": execution.attempt,
         "workflowId": created.workflow_id,
         "workflowVersion": created.workflow_version,
-        "cached": False,
+        "cached": execution.verdict is Verdict.HIT,
     }
 
 

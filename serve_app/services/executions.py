@@ -27,6 +27,7 @@ from serve_app.core.journal import (
     execution_id,
 )
 from serve_app.core.retry import RetryPolicy
+from serve_app.core.workflow import NO_FLOW_CONTROL, FlowControl
 from serve_app.ports import (
     Clock,
     Entropy,
@@ -36,6 +37,7 @@ from serve_app.ports import (
     WorkflowCatalog,
 )
 from serve_app.services.feeds import Feed, Feeds
+from serve_app.services.flow import Flow
 
 _CREATE_COMMIT = "create"
 _APPEND_TRIES_MAX = 50  # each lost race means somebody else's commit got in: it cannot go on long
@@ -50,6 +52,7 @@ class Submission:
         execution_id: from `Executions.new_id`, so that the caller knows it before it is accepted.
         request_hash: of the body, where there is a key: tells a repeat from a conflict.
         mode: how the caller asks for it: `async`, `sync` or `stream`; webhooks choose by it.
+        cache_ttl_ms: overrides the definition's.
     """
 
     execution_id: str
@@ -65,6 +68,7 @@ class Submission:
     idempotency_key: str | None = None
     request_hash: str | None = None
     mode: str = "async"
+    cache_ttl_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Executions:
         clock: Clock,
         entropy: Entropy,
         *,
+        flow: Flow,
         timeout_default_ms: int,
     ) -> None:
         self._store = store
@@ -104,6 +109,7 @@ class Executions:
         self._feeds = feeds
         self._clock = clock
         self._entropy = entropy
+        self._flow = flow
         self._timeout_default_ms = timeout_default_ms
 
     def new_id(self, workspace: str, scope: str, idempotency_key: str | None) -> str:
@@ -122,18 +128,19 @@ class Executions:
         Raises:
             UnknownWorkflowError: no such workflow in the workspace.
             InvalidInputError: the input does not satisfy its schema.
+            RateLimitExceededError: the workflow's flow control refuses it.
             IdempotencyConflictError: the key came before with another body.
             OverloadedError: the queue is full.
         """
-        return await self._create(await self._prepare(submission))
+        return await self._create(*await self._prepare(submission))
 
     @asynccontextmanager
     async def start_and_follow(self, submission: Submission) -> AsyncIterator[tuple[Started, Feed]]:
         """Accept an execution and follow it from its first event. Raises as `start`."""
-        new = await self._prepare(submission)
+        new, start_at_ms = await self._prepare(submission)
         first = StoredEvent(1, _CREATE_COMMIT, new.created)
         async with self._feeds.begin(new, first) as feed:
-            started = await self._create(new)
+            started = await self._create(new, start_at_ms)
             if started.is_new:
                 feed.settle(new.created)
                 yield started, feed
@@ -225,6 +232,7 @@ class Executions:
         Raises:
             UnknownExecutionError: there is none of this id in the workspace.
             NotTerminalError: it has not ended.
+            RateLimitExceededError: the workflow's flow control refuses it.
             InvalidRequestError: `wish.from_step` is no step of it.
         """
         original = await self.load(workspace, an_execution_id)
@@ -240,11 +248,34 @@ class Executions:
             request_hash=None if wish.idempotency_key is None else (wish.from_step or ""),
             kept=kept_for_retry(original, workflow, wish.from_step),
             key_id=wish.key_id,
+            gates=(),
         )
         new_id = self.new_id(workspace, f"retry/{an_execution_id}", wish.idempotency_key)
-        return await self._create(new_execution(new_id, created))
+        # Whoever retries wants it run again, not the result that another one has.
+        flow = replace(workflow.flow, cache_ttl_ms=None)
+        is_repeatable = wish.idempotency_key is not None
+        admitted = await self._admit(new_id, created, flow, is_repeatable=is_repeatable)
+        return await self._create(*admitted)
 
-    async def _prepare(self, submission: Submission) -> Execution:
+    async def _admit(
+        self,
+        new_id: str,
+        created: ExecutionCreated,
+        flow: FlowControl,
+        *,
+        is_repeatable: bool,
+        may_wait: bool = True,
+    ) -> tuple[Execution, int]:
+        """The new execution with its gates, and when it may start (Unix epoch, 0: now)."""
+        is_repeat = (
+            flow != NO_FLOW_CONTROL and is_repeatable and await self._store.load(new_id) is not None
+        )
+        if flow == NO_FLOW_CONTROL or is_repeat:  # a repeat must not be refused for its first self
+            return new_execution(new_id, created), 0
+        admitted = await self._flow.admit(created, flow, may_wait=may_wait)
+        return new_execution(new_id, admitted.created), admitted.start_at_ms
+
+    async def _prepare(self, submission: Submission) -> tuple[Execution, int]:
         version, workflow = await self._catalog.latest(submission.workspace, submission.workflow_id)
         if workflow.input_schema is not None:
             problems = self._schemas.problems(workflow.input_schema, submission.input)
@@ -269,11 +300,20 @@ class Executions:
             key_id=submission.key_id,
             mode=submission.mode,
         )
-        return new_execution(submission.execution_id, created)
+        flow = workflow.flow
+        if submission.cache_ttl_ms is not None:
+            flow = replace(flow, cache_ttl_ms=submission.cache_ttl_ms)
+        return await self._admit(
+            submission.execution_id,
+            created,
+            flow,
+            is_repeatable=submission.idempotency_key is not None,
+            may_wait=submission.mode == "async",
+        )
 
-    async def _create(self, new: Execution) -> Started:
+    async def _create(self, new: Execution, start_at_ms: int) -> Started:
         accepted = await self._store.create(
-            new.id, new.created, _CREATE_COMMIT, self._feeds.watcher_id
+            new.id, new.created, _CREATE_COMMIT, self._feeds.watcher_id, start_at_ms
         )
         is_same_body = accepted.execution.created.request_hash == new.created.request_hash
         if not accepted.is_new and not is_same_body:

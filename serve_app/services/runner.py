@@ -7,6 +7,7 @@ are folded and the same facts are decided again.
 """
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from serve_app.core.execution import (
     Status,
     StepStatus,
 )
+from serve_app.core.gate_messages import leave
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.journal import (
     Commit,
@@ -165,11 +167,18 @@ class Driver:
         """What leaves with this commit; asked until it is known."""
         while after.is_terminal:
             try:
-                return tuple(await self._runtime.on_end(after))
+                return (*await self._runtime.on_end(after), *self._leave_gates(after))
             except (StoreUnavailableError, OverloadedError):
                 logger.exception("end not told yet", extra={"execution_id": after.id})
                 await self._runtime.clock.sleep(STORE_RETRY_S)
         return ()
+
+    def _leave_gates(self, after: Execution) -> tuple[Outgoing, ...]:
+        """Give its places back, and its result to those who wait for the same."""
+        gates = after.created.gates
+        has_result = after.status is Status.COMPLETED and gates
+        result = json.dumps(after.data) if has_result else None
+        return leave(after.id, gates, result, self._runtime.store.partition_count)
 
     async def _answer(self, commit: Commit) -> CommitAnswer:
         """Send one commit until it is answered.

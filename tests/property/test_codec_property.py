@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from serve_app.adapters.event_codec import decode_event, decode_stored, encode_event
 from serve_app.core.execution import KINDS, Event, ExecutionCreated, Wait, WaitKind
+from serve_app.core.gates import Gate, Verdict
 from serve_app.core.inference import Usage
 from serve_app.core.journal import StoredEvent
 from serve_app.core.retry import Backoff, RetryPolicy
@@ -35,6 +36,7 @@ policies = st.builds(
     max_delay_ms=counts,
     initial_delay_ms=counts,
 )
+gates = st.builds(Gate, name=texts, limit=counts, waiting_max=counts, ttl_ms=st.none() | counts)
 MEMBERS: dict[str, st.SearchStrategy[object]] = {
     "at_ms": times,
     "wake_at_ms": times,
@@ -55,6 +57,9 @@ MEMBERS: dict[str, st.SearchStrategy[object]] = {
     "seq": counts,
     "wait": st.builds(Wait, st.sampled_from(WaitKind), times, st.none() | texts, st.none() | texts),
     "items": st.lists(json_values, max_size=4).map(tuple),
+    "gates": st.lists(gates, max_size=2).map(tuple),
+    "verdict": st.sampled_from(Verdict),
+    "value": json_values,
     "token_ids": st.lists(counts, max_size=5).map(tuple),
 }
 

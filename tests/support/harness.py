@@ -9,6 +9,7 @@ from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, ingress_channels, worker_channels
 from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_gates import RedisGates
 from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
 from serve_app.adapters.redis_store import DEFAULT_PAYLOADS, PayloadLimits, RedisStore
 from serve_app.adapters.system import SystemClock, SystemEntropy
@@ -20,6 +21,7 @@ from serve_app.ports import StepType
 from serve_app.services.executions import Executions
 from serve_app.services.executor import Executor, WorkerLimits
 from serve_app.services.feeds import Feeds
+from serve_app.services.flow import Flow, FlowLimits
 from serve_app.services.planner import OnEnd, Runtime, tell_nobody
 from serve_app.steps.echo import ECHO
 from serve_app.steps.transform import TRANSFORM
@@ -116,6 +118,12 @@ class Harness:
             feeds,
             self.clock,
             self.entropy,
+            flow=Flow(
+                RedisGates(self.calls[-1], partition_count=PARTITIONS),
+                self.expressions,
+                self.clock,
+                FlowLimits(waiting_max=100, ahead_max_ms=60_000),
+            ),
             timeout_default_ms=600_000,
         )
         running = asyncio.ensure_future(feeds.run())

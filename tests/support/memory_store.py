@@ -52,7 +52,12 @@ class MemoryStore:
         self.is_down: Exception | None = None
 
     async def create(
-        self, execution_id: str, created: ExecutionCreated, commit_id: str, watcher: str
+        self,
+        execution_id: str,
+        created: ExecutionCreated,
+        commit_id: str,
+        watcher: str,
+        start_at_ms: int = 0,
     ) -> Accepted:
         if execution_id in self.states:
             return Accepted(False, self.states[execution_id])

@@ -16,6 +16,7 @@ from serve_app.core.execution import (
     ExecutionParked,
     ExecutionResumed,
     ExecutionStarted,
+    GateAnswered,
     MapOpened,
     SignalReceived,
     SignalTaken,
@@ -30,6 +31,7 @@ from serve_app.core.execution import (
     evolve,
     new_execution,
 )
+from serve_app.core.gates import Verdict
 from serve_app.core.inference import JsonValue, Usage
 from serve_app.core.retry import Backoff, RetryPolicy
 from serve_app.core.workflow import Step, Workflow
@@ -133,6 +135,7 @@ EXAMPLES: Mapping[type[Event], Event] = {
     type(event): event
     for event in (
         CREATED,
+        GateAnswered(T0 + 5, Verdict.PASSED),
         ExecutionStarted(T0 + 10),
         StepStarted(T0 + 20, "new", 1),
         MapOpened(T0 + 25, "ran", (1, {"two": 2})),

@@ -160,6 +160,7 @@ def test_clocks_that_disagree_give_no_negative_times() -> None:
 # What a stream shows of each event; None: it is not for clients.
 SHOWN: dict[str, dict[str, object] | None] = {
     "execution.created": None,
+    "gate.answered": None,
     "execution.started": {"workflowId": "wf"},
     "step.started": {"step": "new", "attempt": 1},
     "map.opened": None,
@@ -184,6 +185,7 @@ SHOWN: dict[str, dict[str, object] | None] = {
     "execution.cancelled": {},
 }
 BEFORE = {
+    "gate.answered": (),
     "execution.started": (),
     "execution.resumed": (STARTED, ExecutionParked(T0, T0 + 9)),
     "execution.cancelled": (*RUNNING, CancelRequested(T0, "enough")),

@@ -12,7 +12,14 @@ from serve_app.core.errors import InvalidWorkflowError, Problem
 from serve_app.core.inference import JsonValue
 from serve_app.core.plain_json import DOCUMENT_SIZE_MAX, NESTING_MAX
 from serve_app.core.retry import Backoff, RetryPolicy
-from serve_app.core.workflow import Workflow, parse_duration_ms, ready_steps
+from serve_app.core.workflow import (
+    Concurrency,
+    FlowControl,
+    RateLimit,
+    Workflow,
+    parse_duration_ms,
+    ready_steps,
+)
 
 SHIPPED = sorted((Path(__file__).parents[2] / "workflows").glob("*.yaml"))
 EXPRESSIONS, SCHEMAS = CelExpressions(), JsonSchemas()
@@ -123,9 +130,21 @@ def test_an_unknown_step_is_a_key_error() -> None:
         (workflow(description=3), ("description",)),
         (workflow(stepz=[]), ("stepz",)),
         (workflow(triggers=[]), ("triggers",)),
-        (workflow(concurrency={}), ("concurrency",)),
-        (workflow(rateLimit={}), ("rateLimit",)),
-        (workflow(cache={"ttl": "1s"}), ("cache",)),
+        (workflow(concurrency=3), ("concurrency",)),
+        (workflow(concurrency={}), ("concurrency", "limit")),
+        (workflow(concurrency={"limit": 0}), ("concurrency", "limit")),
+        (workflow(concurrency={"limit": True}), ("concurrency", "limit")),
+        (workflow(concurrency={"limit": 1, "onLimit": "wait"}), ("concurrency", "onLimit")),
+        (workflow(concurrency={"limit": 1, "max": 2}), ("concurrency", "max")),
+        (workflow(concurrency={"limit": 1, "key": "1 +"}), ("concurrency", "key")),
+        (workflow(concurrency={"limit": 1, "key": "steps.a.output"}), ("concurrency", "key")),
+        (workflow(concurrency={"limit": 1, "key": 3}), ("concurrency", "key")),
+        (workflow(rateLimit=[]), ("rateLimit",)),
+        (workflow(rateLimit={"requests": 1}), ("rateLimit", "window")),
+        (workflow(rateLimit={"requests": 1, "window": "x"}), ("rateLimit", "window")),
+        (workflow(rateLimit={"window": "1s"}), ("rateLimit", "requests")),
+        (workflow(cache={}), ("cache", "ttl")),
+        (workflow(cache={"ttl": 0}), ("cache", "ttl")),
         (workflow(input=3), ("input",)),
         (workflow(input={"type": "objct"}), ("input",)),
         (workflow(timeout=0), ("timeout",)),
@@ -219,7 +238,7 @@ def test_all_problems_are_told_at_once() -> None:
         "output": "{{",
     }
     assert set(locs_of(document)) == {
-        ("cache",),
+        ("cache", "ttl"),
         ("id",),
         ("timeout",),
         ("steps", 0, "http"),
@@ -229,10 +248,21 @@ def test_all_problems_are_told_at_once() -> None:
     }
 
 
-@pytest.mark.parametrize("key", ["triggers", "concurrency", "rateLimit", "cache"])
+@pytest.mark.parametrize("key", ["triggers"])
 def test_what_this_release_does_not_carry_out_is_said(key: str) -> None:
     (problem,) = problems_of(workflow(**{key: {}}))
     assert problem.msg.startswith("this release does not carry out")
+
+
+def test_flow_control_is_read() -> None:
+    flow = parse(
+        workflow(
+            concurrency={"limit": 10, "key": "input.userId"},
+            rateLimit={"requests": 100, "window": "60s"},
+            cache={"ttl": "300s"},
+        )
+    ).flow
+    assert flow == FlowControl(Concurrency(10, "input.userId"), RateLimit(100, 60_000), 300_000)
 
 
 def test_messages_list_what_is_known() -> None:

@@ -28,7 +28,6 @@ from serve_app.core.errors import (
     AlreadyTerminalError,
     InvalidCursorError,
     InvalidRequestError,
-    Problem,
     UnknownExecutionError,
     UnknownWorkflowError,
 )
@@ -248,10 +247,6 @@ async def _submission(request: Request, services: Services, mode: str) -> Submis
     principal = await services.authenticator.principal(request, Scope.EXECUTE)
     value = await read_json(request, services.settings)
     wish = validate(ExecuteRequest, value)
-    if wish.cache is not None:
-        raise InvalidRequestError(
-            "this release keeps no result cache", [Problem(("body", "cache"), "leave it out")]
-        )
     key = idempotency_key(request)
     retry = wish.retry_config
     scope: str = request.scope["path"]
@@ -269,6 +264,7 @@ async def _submission(request: Request, services: Services, mode: str) -> Submis
         mode=mode,
         idempotency_key=key,
         request_hash=None if key is None else body_hash(value),
+        cache_ttl_ms=None if wish.cache is None else wish.cache.ttl * 1000,
     )
 
 
