@@ -28,6 +28,7 @@ from serve_app.core.errors import (
     AlreadyTerminalError,
     InvalidCursorError,
     InvalidRequestError,
+    Problem,
     UnknownExecutionError,
     UnknownWorkflowError,
 )
