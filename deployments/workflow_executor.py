@@ -11,7 +11,7 @@ from ray import serve
 from deployments.addresses import own_address
 from deployments.background import Background
 from deployments.definitions import catalog_of
-from deployments.webhooks import endings_of
+from deployments.webhooks import endings_of, guarded_http
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
@@ -60,7 +60,13 @@ class WorkflowExecutor:
             self._clock,
             settings.resume_wait_s,
         )
-        types = bounded(step_types(inference, JsonSchemas(), entropy), settings.result_max_bytes)
+        self._http = guarded_http(settings)
+        types = bounded(
+            step_types(
+                inference, JsonSchemas(), entropy, self._http, settings.http_answer_max_bytes
+            ),
+            settings.result_max_bytes,
+        )
         runtime = Runtime(
             self._stores.store,
             types,
@@ -116,4 +122,5 @@ class WorkflowExecutor:
         await self._background.stop()
         await self._peers.close()
         await self._link.close()
+        await self._http.close()
         await self._stores.close()

@@ -318,6 +318,9 @@ class StepCall:
         emit: takes a text delta and the token ids behind it; never blocks.
         report_usage: takes the attempt's usage so far; counted however the attempt ends.
         workspace: whose work it is.
+        publish: says how far the execution is (0 to 100), and what is being done.
+        send: takes a log, an id and a body that leave with the commit of the step's result; only
+            for `compute`, whose result and commit are one.
     """
 
     execution_id: str
@@ -331,6 +334,8 @@ class StepCall:
     emit: Callable[[str, tuple[int, ...]], None]
     report_usage: Callable[[Usage], None]
     workspace: str = ""
+    publish: Callable[[float, str], None] = lambda _progress, _message: None
+    send: Callable[[str, str, bytes], None] = lambda _log, _message_id, _body: None
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,9 @@ class Settings(BaseSettings):
         description="Networks that webhooks, HTTP steps and file fetches may reach although they "
         "are private, comma-separated, such as `127.0.0.1/32`.",
     )
+    http_answer_max_bytes: int = Field(
+        1 << 20, ge=1024, description="Largest body that an `http` step takes as an answer."
+    )
     workflows_dir: Path | None = Field(
         None, description="A directory of your own definitions (*.yaml), read at start."
     )

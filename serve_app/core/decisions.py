@@ -26,6 +26,7 @@ from serve_app.core.execution import (
     Status,
     StepCompleted,
     StepFailed,
+    StepProgressed,
     StepRetrying,
     StepState,
     StepStatus,
@@ -79,6 +80,7 @@ class StepErrored:
 
     Args:
         code: CANCELLED when it was cancelled.
+        retry_after_ms: another try sooner than that would be in vain.
         is_aborted: we cancelled it, because what it stands in is ending.
     """
 
@@ -89,9 +91,20 @@ class StepErrored:
     is_retryable: bool = True
     usage: Usage = NO_USAGE
     is_aborted: bool = False
+    retry_after_ms: int | None = None
 
 
-Fact = ChunkArrived | StepFinished | StepErrored
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """A running step says how far the execution is, 0 to 100."""
+
+    step_id: str
+    attempt: int
+    progress: float
+    message: str
+
+
+Fact = ChunkArrived | Progressed | StepFinished | StepErrored
 
 
 def cancel(execution: Execution, reason: str, now_ms: int) -> tuple[Event, ...]:
@@ -152,17 +165,20 @@ def record(
     `jitter` is in [0, 1), drawn by the caller.
     """
     step = execution.steps.get(fact.step_id)
-    if step is None or step.status is not StepStatus.RUNNING or step.attempt != fact.attempt:
+    is_open = execution.status in (Status.RUNNING, Status.CANCELLING)
+    is_running = step is not None and step.status is StepStatus.RUNNING
+    if step is None or not is_open or not is_running or step.attempt != fact.attempt:
         return ()
-    if execution.status not in (Status.RUNNING, Status.CANCELLING):
-        return ()
+    is_cancelling = execution.status is Status.CANCELLING
     match fact:
         case ChunkArrived(step_id=step_id, text=text, token_ids=token_ids):
             return (ChunkEmitted(now_ms, step_id, text, token_ids),)
+        case Progressed(step_id=step_id, progress=progress, message=message):
+            said = StepProgressed(now_ms, step_id, progress, message)
+            return () if is_cancelling else (said,)
         case StepFinished(step_id=step_id, output=output, usage=usage):
-            if execution.status is Status.CANCELLING:
-                return (cut_off(step_id, ErrorCode.CANCELLED, now_ms, usage),)
-            return (StepCompleted(now_ms, step_id, output, usage),)
+            cut = cut_off(step_id, ErrorCode.CANCELLED, now_ms, usage)
+            return (cut if is_cancelling else StepCompleted(now_ms, step_id, output, usage),)
         case StepErrored():
             return (_after_error(execution, workflow, step, fact, now_ms, jitter),)
 
@@ -192,9 +208,14 @@ def kept_for_retry(
 
 
 def progress_percent(execution: Execution, workflow: Workflow | None) -> int:
-    """Finished steps of all steps, 0 to 100; a composite counts as far as its blocks are done."""
+    """What a step last published, 0 to 100, else the finished steps of all.
+
+    A composite counts as far as its blocks are done.
+    """
     if execution.status is Status.COMPLETED:
         return 100
+    if execution.progress is not None:
+        return int(execution.progress)
     return 0 if workflow is None else int(100 * progress_share(execution, workflow, ""))
 
 
@@ -233,7 +254,8 @@ def _after_error(
         fact.step_id,
         step.attempt + 1,
         execution_attempt,
-        now_ms + max(1, delay_ms),  # never at once: each retry has its own commit
+        # Never at once: each retry has its own commit.
+        now_ms + max(1, delay_ms, fact.retry_after_ms or 0),
         fact.error,
         fact.usage,
     )

@@ -300,15 +300,29 @@ class ExchangeFailedError(ServeAppError):
 
 
 class StepFailedError(ServeAppError):
-    """A step ended in an error. `retryable` says whether another attempt may help."""
+    """A step ended in an error.
+
+    `retryable` says whether another attempt may help, `retry_after_ms` not before when.
+    """
 
     code = ErrorCode.STEP_FAILED
 
-    def __init__(self, message: str, retryable: bool = True) -> None:  # noqa: FBT001, FBT002 - positional, so that it pickles
-        super().__init__(message, retryable)
+    def __init__(
+        self,
+        message: str,
+        retryable: bool = True,  # noqa: FBT001, FBT002 - positional, so that it pickles
+        retry_after_ms: int | None = None,
+    ) -> None:
+        super().__init__(message, retryable, retry_after_ms)
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+    @property
+    def retry_after_ms(self) -> int | None:
+        """How long to wait at least; None: as the policy has it."""
+        found = self.args[2]
+        return found if isinstance(found, int) else None
 
     @property
     def retryable(self) -> bool:

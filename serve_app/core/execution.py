@@ -174,6 +174,16 @@ class SignalTaken:
 
 
 @dataclass(frozen=True, slots=True)
+class StepProgressed:
+    """A step says how far the execution is: 0 to 100, in its own opinion."""
+
+    at_ms: int
+    step_id: str
+    progress: float
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkEmitted:
     """Text that a running step produced since its last chunk, with the ids behind it."""
 
@@ -287,6 +297,7 @@ Event = (
     | StepWaiting
     | SignalReceived
     | SignalTaken
+    | StepProgressed
     | ChunkEmitted
     | StepCompleted
     | StepSkipped
@@ -310,6 +321,7 @@ KINDS: Mapping[str, type[Event]] = MappingProxyType(
         "step.waiting": StepWaiting,
         "signal.received": SignalReceived,
         "signal.taken": SignalTaken,
+        "step.progress": StepProgressed,
         "chunk": ChunkEmitted,
         "step.completed": StepCompleted,
         "step.skipped": StepSkipped,
@@ -345,6 +357,7 @@ TRANSITIONS: Mapping[tuple[Status, type[Event]], Status] = MappingProxyType(
         (Status.PENDING, ExecutionFailed): Status.FAILED,
         **{(Status.RUNNING, cls): Status.RUNNING for cls in STEP_EVENTS},
         (Status.RUNNING, SignalTaken): Status.RUNNING,
+        (Status.RUNNING, StepProgressed): Status.RUNNING,
         **{(status, SignalReceived): status for status in Status if status not in TERMINAL},
         (Status.RUNNING, ExecutionParked): Status.WAITING,
         (Status.RUNNING, CancelRequested): Status.CANCELLING,
@@ -414,6 +427,7 @@ class Execution:
         live: ids of the steps in `LIVE`, in the order they started; follows from `steps`, and is
             kept so that a decision need not look at thousands of finished items. None: find them.
         signals: those no step has taken yet, oldest first.
+        progress: what a step last said, 0 to 100; None: nothing yet.
         failed: the first step outside of any composite that failed; likewise.
         verdict: of its gates; None while it is before one, or has none.
     """
@@ -432,6 +446,7 @@ class Execution:
     error_code: str | None = None
     steps: Mapping[str, StepState] = field(default_factory=dict)
     signals: tuple[Signal, ...] = ()
+    progress: float | None = None
     live: Mapping[str, None] | None = field(default=None, compare=False, repr=False)
     failed: str | None = field(default=None, compare=False, repr=False)
     verdict: Verdict | None = None
@@ -543,6 +558,7 @@ class Folding:
             execution.error_code,
             self._steps,
             execution.signals,
+            execution.progress,
             self._live,
             failed,
             execution.verdict,
@@ -575,6 +591,8 @@ def _with_execution(execution: Execution, event: Event) -> Execution:  # noqa: C
             wake_ms = 0 if execution.status is Status.WAITING else execution.wake_at_ms
             signals = (*execution.signals, Signal(execution.seq, name, data))
             return replace(execution, signals=signals, wake_at_ms=wake_ms)
+        case StepProgressed(progress=progress):
+            return replace(execution, progress=progress)
         case SignalTaken(seq=seq):
             left = tuple(signal for signal in execution.signals if signal.seq != seq)
             return replace(execution, signals=left)

@@ -29,6 +29,11 @@ def derived_execution_id(partition_count: int, *parts: str) -> str:
     return execution_id(int(digest[:8], 16) % partition_count, digest[8:40])
 
 
+def partition_for(partition_count: int, key: str) -> int:
+    """The partition that the same key always gives."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % partition_count
+
+
 def partition_of(an_execution_id: str, partition_count: int) -> int | None:
     """The partition an id names; None when it is not an id of this cluster."""
     return marked_partition(an_execution_id, _ID_PREFIX, partition_count)

@@ -21,6 +21,7 @@ from serve_app.core.execution import (
     ExecutionFailed,
     ExecutionStarted,
     StepCompleted,
+    StepProgressed,
     StepRetrying,
     StepStarted,
     StepState,
@@ -132,6 +133,8 @@ def _shown(event: Event, execution: Execution) -> dict[str, object] | None:  # n
     match event:
         case ChunkEmitted(text=text, step_id=step_id):
             return {"data": text, "step": step_id}
+        case StepProgressed(step_id=step_id, progress=progress, message=message):
+            return {"step": step_id, "progress": progress, "message": message}
         case ExecutionStarted():
             return {"workflowId": execution.created.workflow_id}
         case StepStarted(step_id=step_id, attempt=attempt):

@@ -6,7 +6,7 @@ lost a race is thrown away and made again. Invariant: a plan is the fold of its 
 
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve_app.core.decisions import Fact, StepErrored, StepFinished, record, take_over
 from serve_app.core.due import doomed_steps, due_events
@@ -17,12 +17,13 @@ from serve_app.core.execution import (
     Event,
     Execution,
     Folding,
+    StepProgressed,
     StepStarted,
     StepStatus,
     StepWaiting,
 )
 from serve_app.core.inference import Usage
-from serve_app.core.journal import Outgoing
+from serve_app.core.journal import Outgoing, partition_for
 from serve_app.core.scope import scope_of
 from serve_app.core.template import render
 from serve_app.core.workflow import Workflow
@@ -71,6 +72,7 @@ class Plan:
     def __init__(self, before: Execution, touched: Iterable[str] | None) -> None:
         self.before = before
         self.events: list[Event] = []
+        self.outgoing: list[Outgoing] = []
         self.touched = None if touched is None else dict.fromkeys(touched)
         self.doomed: set[str] = set()
         self._folding = Folding(before)
@@ -136,6 +138,7 @@ class Planner:
         step_id: str,
         emit: Callable[[str, tuple[int, ...]], None] = lambda _text, _ids: None,
         report_usage: Callable[[Usage], None] = lambda _usage: None,
+        publish: Callable[[float, str], None] = lambda _progress, _message: None,
     ) -> StepCall:
         """The present attempt of a step, its settings filled in.
 
@@ -156,6 +159,7 @@ class Planner:
             priority=execution.created.priority,
             emit=emit,
             report_usage=report_usage,
+            publish=publish,
             workspace=execution.created.workspace,
         )
 
@@ -176,13 +180,30 @@ class Planner:
                 plan.add((StepWaiting(now_ms, step_id, step_type.wait(call, now_ms)),))
                 return
             assert step_type.compute is not None, "one of the three is set"
+            said: list[Event] = []
+            sent: list[Outgoing] = []
+            call = replace(
+                call,
+                publish=lambda progress, message: said.append(
+                    StepProgressed(now_ms, step_id, progress, message)
+                ),
+                send=lambda log, message_id, body: sent.append(
+                    self._outgoing(log, message_id, body)
+                ),
+            )
             fact = StepFinished(step_id, attempt, step_type.compute(call))
+            plan.add(tuple(said))
+            plan.outgoing += sent
         except ServeAppError as error:
             fact = errored(step_id, attempt, error)
         except Exception:  # else the driver breaks, is adopted again, and breaks again
             logger.exception("step broke", extra={"execution_id": plan.after.id})
             fact = StepErrored(step_id, attempt, BROKEN, ErrorCode.INTERNAL)
         plan.add(self._recorded(plan.after, fact, now_ms))
+
+    def _outgoing(self, log: str, message_id: str, body: bytes) -> Outgoing:
+        partition = partition_for(self._runtime.store.partition_count, message_id)
+        return Outgoing(message_id, partition, log, body)
 
     def _recorded(self, execution: Execution, fact: Fact, now_ms: int) -> tuple[Event, ...]:
         jitter = self._runtime.entropy.uniform() if isinstance(fact, StepErrored) else 0.0
@@ -194,4 +215,7 @@ def errored(step_id: str, attempt: int, error: ServeAppError) -> StepErrored:
     is_retryable = (
         error.retryable if isinstance(error, StepFailedError) else error.code in RUNNABLE_AGAIN
     )
-    return StepErrored(step_id, attempt, str(error), error.code, is_retryable)
+    retry_after_ms = error.retry_after_ms if isinstance(error, StepFailedError) else None
+    return StepErrored(
+        step_id, attempt, str(error), error.code, is_retryable, retry_after_ms=retry_after_ms
+    )

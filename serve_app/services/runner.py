@@ -16,6 +16,7 @@ from serve_app.core.blocks import is_composite
 from serve_app.core.decisions import (
     ChunkArrived,
     Fact,
+    Progressed,
     StepErrored,
     StepFinished,
 )
@@ -141,7 +142,7 @@ class Driver:
             before=plan.before,
             after=plan.after,
             events=tuple(plan.events),
-            outgoing=await self._outgoing(plan.after),
+            outgoing=(*plan.outgoing, *await self._outgoing(plan.after)),
         )
         self._touched = None
         match await self._answer(commit):
@@ -214,7 +215,7 @@ class Driver:
         reported = {
             (fact.step_id, fact.attempt)
             for fact in self._facts
-            if not isinstance(fact, ChunkArrived)
+            if not isinstance(fact, (ChunkArrived, Progressed))
         }
         for step_id in self.execution.live_steps:
             state = self.execution.steps[step_id]
@@ -260,6 +261,7 @@ class Driver:
             step_id,
             lambda text, ids: self._emit(step_id, attempt, text, ids),
             lambda usage: self._report_usage(step_id, usage),
+            lambda progress, message: self._publish(step_id, attempt, progress, message),
         )
         limit = asyncio.timeout(None if step.timeout_ms is None else step.timeout_ms / 1000)
         try:
@@ -279,6 +281,10 @@ class Driver:
             )
         elif text or token_ids:
             self._facts.append(ChunkArrived(step_id, attempt, text, token_ids))
+        self._wake.set()
+
+    def _publish(self, step_id: str, attempt: int, progress: float, message: str) -> None:
+        self._facts.append(Progressed(step_id, attempt, progress, message))
         self._wake.set()
 
     def _report_usage(self, step_id: str, usage: Usage) -> None:
@@ -324,5 +330,5 @@ def _with_usage(fact: Fact, usage: Usage) -> Fact:
             return StepFinished(step_id, attempt, output, usage)
         case StepErrored():
             return replace(fact, usage=usage)
-        case ChunkArrived():
+        case ChunkArrived() | Progressed():
             return fact

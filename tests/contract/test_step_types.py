@@ -3,6 +3,8 @@
 A new type is one file in `steps/`, one line in the registry and one `Fixture` below.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from serve_app.adapters.system import SystemClock
 from serve_app.core.execution import Wait, WaitKind
 from serve_app.core.inference import JsonValue, Usage
 from serve_app.core.template import Loc
-from serve_app.ports import StepCall, StepType
+from serve_app.ports import HttpAnswer, HttpRequest, StepCall, StepType
 from serve_app.services.inference import Inference
 from serve_app.steps import step_types
 from tests.support.api import ScriptedPlane
@@ -99,13 +101,65 @@ FIXTURES = {
         filled={"event": "a/b", "timeout": "1s"},
         gives=Wait(WaitKind.EVENT, NOW_MS + 1_000, event="a/b"),
     ),
+    "http": Fixture(
+        good=[
+            {"method": "GET", "url": "https://example.com/{{ input }}"},
+            {"method": "POST", "url": "{{ input }}", "json": {"a": "{{ input }}"}, "timeout": "5s"},
+            {"method": "PUT", "url": "https://example.com", "body": "x", "headers": {"A": "b"}},
+        ],
+        bad=[
+            ("https://example.com", ()),
+            ({"url": "https://example.com"}, ("method",)),
+            ({"method": "GET"}, ("url",)),
+            ({"method": "FETCH", "url": "https://example.com"}, ("method",)),
+            ({"method": "GET", "url": "ftp://example.com"}, ("url",)),
+            ({"method": "GET", "url": "https://a@example.com"}, ("url",)),
+            ({"method": "GET", "url": "https://e.com", "headers": {"a": 1}}, ("headers", "a")),
+            ({"method": "GET", "url": "https://example.com", "json": 1, "body": ""}, ("body",)),
+            ({"method": "GET", "url": "https://example.com", "timeout": "x"}, ("timeout",)),
+            ({"method": "GET", "url": "https://example.com", "retries": 1}, ("retries",)),
+        ],
+        filled={"method": "POST", "url": "https://e.com/?a=1", "query": {"q": "x y"}, "json": [1]},
+        gives={
+            "status": 200,
+            "headers": {"content-type": "application/json"},
+            "body": {"method": "POST", "url": "https://e.com/?a=1&q=x+y", "body": "[1]"},
+        },
+    ),
+    "publish": Fixture(
+        good=[{"progress": 40}, {"progress": "{{ input }}", "message": "{{ input }}"}],
+        bad=[
+            (40, ()),
+            ({"message": "x"}, ("progress",)),
+            ({"progress": 101}, ("progress",)),
+            ({"progress": True}, ("progress",)),
+            ({"progress": 1, "message": 3}, ("message",)),
+        ],
+        filled={"progress": 40, "message": "almost"},
+        gives=None,
+    ),
+    "emit": Fixture(
+        good=[{"name": "a/b"}, {"name": "a/{{ input }}", "data": "{{ input }}"}],
+        bad=[("a/b", ()), ({"data": 1}, ("name",)), ({"name": ""}, ("name",))],
+        filled={"name": "a/b", "data": 1},
+        gives={"id": "evt_" + hashlib.sha256(b"exe_00test/s/1").hexdigest()[:32]},
+    ),
 }  # fmt: skip
+
+
+class Echoing:
+    """An HTTP client to a server that answers with the request."""
+
+    async def request(self, request: HttpRequest) -> HttpAnswer:
+        said = {"method": request.method, "url": request.url, "body": request.body.decode()}
+        headers = {"content-type": "application/json"}
+        return HttpAnswer(200, headers, json.dumps(said).encode(), is_cut=False)
 
 
 def registered() -> dict[str, StepType]:
     plane = ScriptedPlane()
     inference = Inference(plane, plane, SystemClock(), resume_wait_s=1.0)
-    return dict(step_types(inference, JsonSchemas(), ToyEntropy()))
+    return dict(step_types(inference, JsonSchemas(), ToyEntropy(), Echoing(), 1000))
 
 
 def a_call(fixture: Fixture, **members: Any) -> StepCall:

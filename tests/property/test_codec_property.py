@@ -55,6 +55,7 @@ MEMBERS: dict[str, st.SearchStrategy[object]] = {
     "retry": policies,
     "usage": st.builds(Usage, counts, counts, counts),
     "seq": counts,
+    "progress": st.floats(0, 100),
     "wait": st.builds(Wait, st.sampled_from(WaitKind), times, st.none() | texts, st.none() | texts),
     "items": st.lists(json_values, max_size=4).map(tuple),
     "gates": st.lists(gates, max_size=2).map(tuple),

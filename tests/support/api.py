@@ -10,7 +10,7 @@ import httpx
 from fastapi import FastAPI
 
 from deployments.composition import compose, publish
-from deployments.webhooks import endings_of
+from deployments.webhooks import endings_of, guarded_http
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
@@ -98,7 +98,8 @@ async def running_api(
     composed = compose(settings, stores, inference, clock, entropy)
     services = replace(composed, is_behind_serve=False)
     await publish(services)
-    types = step_types(inference, JsonSchemas(), entropy)
+    way_out = guarded_http(settings)
+    types = step_types(inference, JsonSchemas(), entropy, way_out, settings.http_answer_max_bytes)
     endings = endings_of(settings, stores.calls, clock)
     runtime = Runtime(stores.store, types, CelExpressions(), clock, entropy, endings.outgoing)
     bells = RedisBells(stores.nodes, worker_channels("w1", settings.partitions), clock)
@@ -119,4 +120,5 @@ async def running_api(
     for task in running:
         task.cancel()
     await asyncio.wait(running)
+    await way_out.close()
     await stores.close()

@@ -10,16 +10,22 @@ from serve_app.core.inference import JsonValue
 from serve_app.core.workflow import Workflow
 from serve_app.steps.approval import APPROVAL
 from serve_app.steps.echo import ECHO
+from serve_app.steps.emit import EMIT
+from serve_app.steps.http import http_step
+from serve_app.steps.publish import PUBLISH
 from serve_app.steps.sleep import SLEEP
 from serve_app.steps.transform import TRANSFORM
 from serve_app.steps.wait_for_event import WAIT_FOR_EVENT
 from tests.support.checker import entries_of_stored, journal_problems
-from tests.support.rig import Rig, Run
+from tests.support.rig import Rig, Run, Scripted
 from tests.support.workflows import EXECUTION_ID
 
 PLAIN = {
     "echo": ECHO,
     "transform": TRANSFORM,
+    "http": http_step(Scripted(), 1000),
+    "publish": PUBLISH,
+    "emit": EMIT,
     "sleep": SLEEP,
     "approval": APPROVAL,
     "wait_for_event": WAIT_FOR_EVENT,

@@ -1,6 +1,7 @@
 """One driver on a store in memory, in virtual time: a workflow is run without a process."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
@@ -8,11 +9,14 @@ from serve_app.core.decisions import receive
 from serve_app.core.execution import CancelRequested, ChunkEmitted, Event, Execution
 from serve_app.core.inference import JsonValue
 from serve_app.core.workflow import Workflow
-from serve_app.ports import Expressions, StepCall, StepType
+from serve_app.ports import Expressions, HttpAnswer, HttpRequest, StepCall, StepType
 from serve_app.services.planner import Runtime
 from serve_app.services.runner import Driver
 from serve_app.steps.approval import APPROVAL
 from serve_app.steps.echo import ECHO
+from serve_app.steps.emit import EMIT
+from serve_app.steps.http import http_step
+from serve_app.steps.publish import PUBLISH
 from serve_app.steps.sleep import SLEEP
 from serve_app.steps.transform import TRANSFORM
 from serve_app.steps.wait_for_event import WAIT_FOR_EVENT
@@ -22,6 +26,15 @@ from tests.support.workflows import CREATED, EXECUTION_ID, ToyEntropy, ToyExpres
 
 Run = Callable[[StepCall], Awaitable[JsonValue]]
 TOKEN = "w1/1"
+
+
+class Scripted:
+    """An HTTP client to a server that finds issues."""
+
+    async def request(self, request: HttpRequest) -> HttpAnswer:
+        items = [f"issue of {json.loads(request.body)['q']}"]
+        body = json.dumps({"items": items}).encode()
+        return HttpAnswer(200, {"content-type": "application/json"}, body, is_cut=False)
 
 
 @dataclass
@@ -43,6 +56,9 @@ class Rig:
         types = {
             "echo": ECHO,
             "transform": TRANSFORM,
+            "http": http_step(Scripted(), 1000),
+            "publish": PUBLISH,
+            "emit": EMIT,
             "sleep": SLEEP,
             "approval": APPROVAL,
             "wait_for_event": WAIT_FOR_EVENT,

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serve_app.core.definition import WAITS
 from serve_app.core.execution import Status
 from serve_app.core.workflow import COMPOSITES, every_step
-from tests.support.definitions import EXPRESSIONS, parsed
+from tests.support.definitions import EXPRESSIONS, PLAIN, parsed
 from tests.support.rig import Rig
 from tests.support.virtual_time import virtual_time
 
@@ -41,4 +40,4 @@ def test_every_example_is_run_and_every_step_type_has_one() -> None:
     assert PAGE.count("```yaml") == len(EXAMPLES)
     workflows = [parsed(yaml.dump(yaml.safe_load(text)["steps"])) for *_, text in EXAMPLES]
     shown = {step.type for workflow in workflows for step in every_step(workflow.steps)}
-    assert shown >= {"echo", "transform", *COMPOSITES, *WAITS}
+    assert shown >= {*PLAIN, *COMPOSITES}

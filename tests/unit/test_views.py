@@ -167,6 +167,7 @@ SHOWN: dict[str, dict[str, object] | None] = {
     "step.waiting": None,
     "signal.received": None,
     "signal.taken": None,
+    "step.progress": {"step": "ran", "progress": 37.5, "message": "reading"},
     "chunk": {"step": "ran", "data": "hi"},
     "step.completed": {"step": "ran", "output": OUTPUT, "usage": usage_view(USAGE)},
     "step.skipped": None,
