@@ -108,12 +108,16 @@ class ChunkMessage(_Answered):
 
 
 class EndMessage(_Answered):
-    """The answer is complete, or was cancelled."""
+    """The answer is complete, or was cancelled.
+
+    `resumed`: its host was lost and another went on, `exact` or `approximate`; None: neither.
+    """
 
     type: Literal["stream_end"] = "stream_end"
     request_id: str | None = None
     finish_reason: SocketEndReason | None = None
     usage: SocketUsage
+    resumed: str | None = None
 
 
 class SocketError(_Answered):

@@ -87,6 +87,7 @@ class _Outcome:
 
     finish_reason: SocketEndReason | None = None
     usage: SocketUsage | None = None
+    resumed: str | None = None
 
 
 class InferenceStream:
@@ -107,6 +108,11 @@ class InferenceStream:
     def usage(self) -> SocketUsage | None:
         """Tokens as the engine counted them, after the last piece."""
         return self._outcome.usage
+
+    @property
+    def resumed(self) -> str | None:
+        """`exact` or `approximate`, after the last piece, where another host went on with it."""
+        return self._outcome.resumed
 
     def __aiter__(self) -> Self:
         return self
@@ -248,6 +254,7 @@ class InferenceManager:
                 if isinstance(message, EndMessage):
                     outcome.finish_reason = message.finish_reason
                     outcome.usage = message.usage
+                    outcome.resumed = message.resumed
                 elif message.content:
                     yield message.content
 

@@ -16,6 +16,7 @@ from serve_app.core.inference import (
     FinishReason,
     GenerationRequest,
     Message,
+    Resumed,
     Usage,
 )
 from serve_app.core.usage import Spending, Waste
@@ -52,6 +53,7 @@ class SocketCall:
     has_spoken: bool = False
     usage: Usage = NO_USAGE
     finish_reason: FinishReason | None = None
+    resumed: Resumed | None = None
     pieces: list[str] = field(default_factory=list)
     waste: Waste | None = Waste.CANCELLED
 
@@ -86,6 +88,7 @@ class SocketCall:
         self.usage = chunk.usage or self.usage
         self.pieces.append(chunk.text)
         self.finish_reason = chunk.finish_reason
+        self.resumed = chunk.resumed or self.resumed
 
     def ended(self) -> list[Json]:
         """The messages of an answer that the engine has ended."""
@@ -95,12 +98,13 @@ class SocketCall:
         # The engine's giving up is no reason that a chunk can have.
         shown = reason if self.is_complete else None
         last = piece_message(self.request_id, content, shown)
-        return [last, end_message(self.request_id, self.usage, reason)]
+        return [last, end_message(self.request_id, self.usage, reason, self.resumed)]
 
     def cancelled(self) -> list[Json]:
         """The message of an answer that its client has cancelled."""
         self.waste = Waste.CANCELLED
-        return [end_message(self.request_id, self.usage, FinishReason.CANCELLED)]
+        reason = FinishReason.CANCELLED
+        return [end_message(self.request_id, self.usage, reason, self.resumed)]
 
     def failed(self, error: ServeAppError) -> list[Json]:
         """An error, after a last piece that says so where the client has seen others."""

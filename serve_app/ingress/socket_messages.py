@@ -17,7 +17,7 @@ from serve_app.core.errors import (
     InvalidRequestError,
     ServeAppError,
 )
-from serve_app.core.inference import FinishReason, Usage
+from serve_app.core.inference import FinishReason, Resumed, Usage
 
 Json = dict[str, object]
 
@@ -98,9 +98,13 @@ def piece_message(request_id: str | None, content: str, reason: FinishReason | N
     return _named(message, request_id)
 
 
-def end_message(request_id: str | None, usage: Usage, reason: FinishReason) -> Json:
-    """The end of an answer."""
+def end_message(
+    request_id: str | None, usage: Usage, reason: FinishReason, resumed: Resumed | None = None
+) -> Json:
+    """The end of an answer; `resumed` where another host went on with it."""
     message: Json = {"type": "stream_end", "finish_reason": reason, "usage": _usage_view(usage)}
+    if resumed is not None:
+        message["resumed"] = resumed
     return _named(message, request_id)
 
 

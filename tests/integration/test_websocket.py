@@ -16,6 +16,14 @@ from serve_app.core.errors import (
     NoHostsAvailableError,
     OverloadedError,
 )
+from serve_app.core.inference import (
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    Placement,
+    Resumed,
+    Usage,
+)
 from tests.support.api import ADMIN_KEY
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.sockets import Stage, staged, text_of
@@ -515,3 +523,23 @@ async def test_a_keys_limit_counts_requests_not_sockets(stage: Stage) -> None:
             last = (await talk.to_end())[-1]
             assert last["type"] == expected
     assert code_of(last) == "RATE_LIMIT_EXCEEDED"
+
+
+async def test_an_answer_that_another_host_went_on_with_says_so(stage: Stage) -> None:
+    class Lost:
+        """A link whose first replica is lost in the middle."""
+
+        async def generate(
+            self, request: GenerationRequest, placement: Placement
+        ) -> AsyncIterator[Chunk]:
+            yield Chunk("one ", (1,), usage=Usage(3, 1))
+            yield Chunk("two", (2,), resumed=Resumed.APPROXIMATE, usage=Usage(3, 2))
+            yield Chunk("", (), FinishReason.STOP, Usage(3, 2), resumed=Resumed.APPROXIMATE)
+
+    object.__setattr__(stage.api.services, "inference", Lost())
+    async with stage.socket() as talk:
+        await talk.ask()
+        said = await talk.to_end()
+    assert text_of(said) == "one two"
+    assert said[-1]["resumed"] == "approximate"
+    ANSWERS.validate_python(said[-1])

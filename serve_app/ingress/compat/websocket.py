@@ -59,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 # Close codes: RFC 6455, section 7.4.1, and the IANA registry.
 CLOSE_NORMAL = 1000
+CLOSE_ABNORMAL = 1006
 CLOSE_POLICY = 1008
 CLOSE_TOO_BIG = 1009
 CLOSE_TRY_LATER = 1013
@@ -318,6 +319,8 @@ class _SocketClient:
                     await self._socket.send_text(text)
             except TimeoutError:
                 raise _CloseError(CLOSE_POLICY, "the client does not read") from None
+            except RuntimeError as error:  # the server itself has closed: a ping had no answer
+                raise WebSocketDisconnect(CLOSE_ABNORMAL) from error
 
     async def _close(self, error: _CloseError) -> None:
         # The frame waits like any other while the client does not read; then the connection ends
