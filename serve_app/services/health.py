@@ -5,6 +5,7 @@ one is configured. Invariant: asking for health costs a dictionary look-up, so p
 balancers may ask as often as they like.
 """
 
+import asyncio
 import logging
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from serve_app.ports import Clock, ExecutionStore, ReplicaRegistry
 logger = logging.getLogger(__name__)
 
 SAMPLE_S = 1.0
+SAMPLE_WAIT_S = 3.0  # for the store; calls to it are repeated for longer than a probe can wait
 FAILED_SHOWN_MS = 60_000  # how long a replica that died at start is shown
 
 
@@ -50,12 +52,12 @@ class Health:
 
     async def _take(self) -> HealthSample:
         try:
-            workers = await self._store.live_workers()
-            reports = await self._registry.latest()
-        except ServeAppError as error:
-            logger.warning("health: %s", error)
-            down = MappingProxyType({"status": "down", "detail": str(error)})
-            return HealthSample("unhealthy", MappingProxyType({"redis": down}))
+            async with asyncio.timeout(SAMPLE_WAIT_S):
+                workers = await self._store.live_workers()
+                reports = await self._registry.latest()
+        except (ServeAppError, TimeoutError) as error:
+            logger.warning("health: %r", error)
+            return _without_store(str(error) or "the store does not answer")
         services: dict[str, dict[str, object]] = {
             "redis": {"status": "up"},
             "workflow_engine": {"status": "up" if workers else "down", "workers": workers},
@@ -84,3 +86,11 @@ class Health:
         if starting:
             return {"status": "starting", "replicas": 0, "detail": starting[-1].detail}
         return {"status": "starting", "replicas": 0}
+
+
+def _without_store(detail: str) -> HealthSample:
+    """Nothing is known of the others while the store, through which they are heard, is away."""
+    unknown = MappingProxyType({"status": "unknown"})
+    down = MappingProxyType({"status": "down", "detail": detail})
+    services = {"redis": down, "workflow_engine": unknown, "models": unknown}
+    return HealthSample("unhealthy", MappingProxyType(services))

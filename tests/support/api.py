@@ -5,8 +5,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
+import pytest
 from fastapi import FastAPI
 
 from deployments.composition import compose, publish
@@ -16,6 +18,7 @@ from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_bells import RedisBells, worker_channels
 from serve_app.adapters.redis_connect import connect
 from serve_app.adapters.system import SystemClock, SystemEntropy
+from serve_app.core.errors import StoreUnavailableError
 from serve_app.core.inference import (
     AdmitRequest,
     Chunk,
@@ -75,6 +78,16 @@ class Api:
         made = await self.http.post("/v1/workspaces", json={"id": name})
         assert made.status_code == 201, made.text
         return {"Authorization": f"Bearer {made.json()['apiKey']}"}
+
+    async def lose_the_store(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let health find the store away, and return when it has."""
+
+        async def away() -> int:
+            raise StoreUnavailableError("the store cannot be reached")
+
+        monkeypatch.setattr(self.services.health, "_store", SimpleNamespace(live_workers=away))
+        while self.services.health.sample.status == "healthy":
+            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ from types import MappingProxyType
 import pytest
 from pydantic import Field
 
+from serve_app.core.errors import ErrorCode
 from serve_app.core.execution import KINDS, Status
 from serve_app.settings import Settings
 
@@ -32,6 +33,11 @@ def test_every_status_and_event_is_in_the_diagram() -> None:
     page = (ROOT / "docs" / "states.md").read_text()
     assert [status for status in Status if f" {status}" not in page] == []
     assert [kind for kind in KINDS if kind not in page] == []
+
+
+def test_every_error_code_is_documented() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text()
+    assert [code for code in ErrorCode if f"| `{code}` |" not in page] == []
 
 
 def test_a_stale_page_is_found_and_written(
