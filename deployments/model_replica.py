@@ -25,7 +25,6 @@ from serve_app.settings import Settings
 
 REPORTS_PER_S = 20  # at the most, where there is news; two without
 LAST_LINES = 15
-SLOTS_PER_SEQUENCE = 2  # one batch at work and one behind it: no step waits for a report
 DRAIN_S = 5.0  # less than Serve's patience below
 
 logger = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class ModelReplica:
             self._clock,
             region=settings.region,
             stake=settings.stake,
-            slots=SLOTS_PER_SEQUENCE * settings.engine_seqs_max,
+            slots=settings.engine_seqs_max,  # a batch: what is more waits where fairness is
             observe=measures.request_ended,
         )
         self._stores = connect(settings, self._clock)

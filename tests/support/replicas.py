@@ -6,7 +6,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link import TcpTokenLink
@@ -33,7 +33,7 @@ class Replica:
     is_silent: bool = False
 
     def report(self, now_ms: int) -> ReplicaReport:
-        load = replace(self.server.load(), models=self.engine.models)
+        load = self.server.load()
         return ReplicaReport(load, self.phase, "", now_ms, self.meter.take_news())
 
 
