@@ -25,6 +25,7 @@ from tests.support.scripted_engine import ScriptedEngine
 from tests.support.tiny_model import make_tiny_model
 
 CONTEXT = 2048
+KV_GIB = 0.016  # 16 k tokens: not all groups in one engine
 GROUPS = 24
 GROUP_CHARS = 1600  # about 900 tokens of the tiny vocabulary
 REQUESTS = 240
@@ -237,7 +238,7 @@ def main() -> None:
         path = make_tiny_model(Path(folder) / "tiny", context_max=CONTEXT)
         settings = [
             EngineSettings(
-                str(path), "scripted", kv_cache_gib=0.125, cpu_threads=1, cpu_first=index
+                str(path), "scripted", kv_cache_gib=KV_GIB, cpu_threads=1, cpu_first=index
             )
             for index in range(2)
         ]
