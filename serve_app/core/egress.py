@@ -11,6 +11,7 @@ addresses through. Sources: IANA's special-purpose address registries (RFC 6890 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import (
     AddressValueError,
     IPv4Address,
@@ -100,6 +101,7 @@ def parse_networks(texts: Iterable[str]) -> tuple[Network, ...]:
     return tuple(ip_network(text.strip()) for text in texts)
 
 
+@lru_cache(maxsize=1024)
 def parse_target(url: str) -> Target:
     """Take a URL apart, refusing every spelling that different parsers read differently.
 

@@ -68,6 +68,8 @@ class Cluster:
             self.base / "data",
             self.model,
             INFERPIPE_MODEL_NAME="tiny",
+            INFERPIPE_EGRESS_ALLOW="127.0.0.1/32",
+            INFERPIPE_WEBHOOK_RETRY_S="0.5,1,1,1,2,2,2,2,4,4,4,4,4,4,4,4",
             INFERPIPE_DTYPE="float32",  # so that greedy answers repeat, whatever else is running
             INFERPIPE_WORKFLOWS_DIR=str(self.workflows),
         )
