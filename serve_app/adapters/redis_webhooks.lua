@@ -118,9 +118,15 @@ end
 -- It renews the dispatcher's own lease too, and takes back what dead ones hold.
 local function claim(keys, args)
   local p, me, now = keys[1], args[1], now_ms()
-  local lease = redis.call('ZSCORE', p .. ':dw', me)
-  redis.call('ZADD', p .. ':dw', text(now + tonumber(args[2])), me)
-  redis.call('HSET', p .. ':dc', 'backlog', args[5], 'retention', args[6], 'window', args[4])
+  local lease, ttl = redis.call('ZSCORE', p .. ':dw', me), tonumber(args[2])
+  -- Written only when it must be: an idle claim then costs the server no fsync.
+  if not lease or tonumber(lease) < now + ttl * 3 / 4 then
+    redis.call('ZADD', p .. ':dw', text(now + ttl), me)
+  end
+  local limits = redis.call('HMGET', p .. ':dc', 'backlog', 'retention', 'window')
+  if limits[1] ~= args[5] or limits[2] ~= args[6] or limits[3] ~= args[4] then
+    redis.call('HSET', p .. ':dc', 'backlog', args[5], 'retention', args[6], 'window', args[4])
+  end
   if lease and tonumber(lease) > now then
     -- As in `heartbeat`: only who is in good standing takes from others.
     for _, other in ipairs(redis.call('ZRANGEBYSCORE', p .. ':dw', '-inf', text(now), 'LIMIT', 0, DISPATCHERS_MAX)) do
@@ -132,7 +138,6 @@ local function claim(keys, args)
   if redis.call('HGET', p .. ':do:' .. me, NUMBER) == number then
     got = leased_by(p, me, number)
   elseif limit > 0 then
-    redis.call('HSET', p .. ':do:' .. me, NUMBER, number)
     endpoints = redis.call('ZRANGEBYSCORE', p .. ':de', '-inf', text(now), 'LIMIT', 0, ENDPOINTS_MAX)
   end
   -- A share for each endpoint that is due, so that the first cannot take all there is room for.
@@ -156,6 +161,7 @@ local function claim(keys, args)
     end
     plan(p, wh)
   end
+  if #got > 0 then redis.call('HSET', p .. ':do:' .. me, NUMBER, number) end
   local next_one = redis.call('ZRANGE', p .. ':de', 0, 0, 'WITHSCORES')
   return {text(now), next_one[2] or '-1', got}
 end

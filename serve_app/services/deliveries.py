@@ -28,6 +28,7 @@ from serve_app.core.errors import (
     EgressRefusedError,
     ExchangeFailedError,
     OverloadedError,
+    SealBrokenError,
     StoreUnavailableError,
 )
 from serve_app.core.journal import DeliveriesDue, Notice, Resubscribed
@@ -53,6 +54,7 @@ CLAIM_MAX = 64  # deliveries in one answer of the store: bounds its size
 ANSWER_BYTES_MAX = 512  # of a receiver's answer kept with the try, for its owner to see
 STORE_RETRY_S = 0.5
 OWN_HEADERS = {"content-type": "application/json", "user-agent": "inferpipe-webhooks/1"}
+_FAILURES = (EgressRefusedError, DeadlineExceededError, ExchangeFailedError, SealBrokenError)
 BROKEN = "internal error in the dispatcher"  # all that an owner is told of a bug; the log has it
 
 
@@ -223,7 +225,7 @@ class Dispatcher:
             answer = got.body.decode("utf-8", "replace")
             retry_after_ms = parse_retry_after(got.headers.get("retry-after"), began_ms)
             error = refusal_of(status)
-        except (EgressRefusedError, DeadlineExceededError, ExchangeFailedError) as failure:
+        except _FAILURES as failure:
             error = str(failure)
         latency_ms = round((self._clock.monotonic_s() - began_s) * 1000)
         return Attempt(began_ms, status, latency_ms, error, answer), retry_after_ms

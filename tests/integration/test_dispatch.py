@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.valkey_server import EmbeddedValkey
@@ -330,3 +331,14 @@ async def test_nothing_is_lost_while_the_store_is_away(tmp_path: Path) -> None:
 
 async def _view(hooks: Hooks, webhook: dict[str, Any]) -> dict[str, Any]:
     return dict((await hooks.api.http.get(f"/v1/webhooks/{webhook['id']}")).json())
+
+
+async def test_a_secret_that_cannot_be_read_is_told_in_the_attempt(hooks: Hooks) -> None:
+    """The operator has changed the cluster secret: nothing is sent unsigned."""
+    await hooks.start_dispatcher(cluster_secret=SecretStr("another secret"))
+    async with receiver(status(200)) as there:
+        made = await hooks.create(there.url)
+        await put(hooks, made, 1)
+        (dead,) = await hooks.until(made["id"], "dead")
+    assert there.got == []
+    assert "INFERPIPE_CLUSTER_SECRET" in dead["attempts"][0]["error"]
