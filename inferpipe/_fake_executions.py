@@ -54,6 +54,7 @@ class FakeExecution:
         self._retry_of = retry_of
         self._ending: dict[str, Any] = {}
         self._usage = UsageView()
+        self._awaited: str | None = None
         self._append("execution.started", {"workflowId": wish.workflow_id})
         self._append("step.started", {"step": STEP, "attempt": 1})
 
@@ -65,6 +66,19 @@ class FakeExecution:
     def chunk(self, text: str) -> None:
         """Stream some text."""
         self._append("chunk", {"data": text, "step": STEP})
+
+    def await_signal(self, name: str) -> None:
+        """Wait for the signal, which completes it with its data."""
+        self.status = "waiting"
+        self._awaited = name
+
+    def signal(self, name: str, data: Any) -> httpx.Response:
+        """Take a signal; one that nothing waits for is kept, as by the service, to no effect."""
+        if self.is_terminal:
+            return problem(409, "ALREADY_TERMINAL", f"it is {self.status}")
+        if name == self._awaited:
+            self.end("completed", data=data)
+        return httpx.Response(202, json={"id": self.id, "status": self.status})
 
     def end(self, status: str, *, usage: UsageView | None = None, **ending: Any) -> None:
         """End it; `ending` is `data`, or `error` and `error_code`."""
@@ -115,6 +129,7 @@ class FakeExecution:
             "output": self._ending.get("data"),
             "error": self._ending.get("error"),
             "usage": self._usage_view(),
+            "waiting": {"event": self._awaited} if self.status == "waiting" else None,
         }
         return {
             **self.result(),
@@ -205,6 +220,17 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
+class Await:
+    """It waits for a signal."""
+
+    signal: str
+
+    def play(self, execution: FakeExecution) -> None:
+        """Wait."""
+        execution.await_signal(self.signal)
+
+
+@dataclass(frozen=True, slots=True)
 class Refuse:
     """It is not accepted."""
 
@@ -227,7 +253,7 @@ class Lose:
         raise httpx.RemoteProtocolError("scripted: the connection was lost")
 
 
-Running = Answer | Hold  # what makes an execution
+Running = Answer | Hold | Await  # what makes an execution
 Outcome = Running | Refuse | Lose
 
 

@@ -23,6 +23,7 @@ import httpx
 
 from inferpipe._fake_executions import (
     Answer,
+    Await,
     FakeExecution,
     Hold,
     Lose,
@@ -46,8 +47,8 @@ _EXECUTION = re.compile(r"/v1/executions/([^/]+)(?:/(stream|cancel|retry|signal)
 class FakeServer:
     """Answers as it is told; remembers what it was asked. Threads may share it.
 
-    Each of `completes`, `answers`, `fails`, `holds`, `refuses` and `loses` scripts one answer of a
-    workflow. Several scripts of one workflow are used in turn, the last one for ever.
+    Each of `completes`, `answers`, `fails`, `holds`, `awaits`, `refuses` and `loses` scripts one
+    answer of a workflow. Several scripts of one workflow are used in turn, the last one for ever.
     """
 
     def __init__(self) -> None:
@@ -103,6 +104,10 @@ class FakeServer:
         Reading its stream beyond the chunks before that is an AssertionError: it would never end.
         """
         self._add(workflow_id, Hold(tuple(chunks)))
+
+    def awaits(self, workflow_id: str, signal: str) -> None:
+        """Let the workflow wait for a signal, and complete with its data."""
+        self._add(workflow_id, Await(signal))
 
     def refuses(
         self,
@@ -234,7 +239,7 @@ class FakeServer:
 
     def _signal(self, execution: FakeExecution, body: Mapping[str, Any]) -> httpx.Response:
         self.signals.append((execution.id, body["name"], body["data"]))
-        return httpx.Response(202, json={"id": execution.id, "status": execution.status})
+        return execution.signal(body["name"], body["data"])
 
     def _retry(self, execution: FakeExecution) -> httpx.Response:
         if not execution.is_terminal:

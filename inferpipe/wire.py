@@ -132,6 +132,7 @@ __all__ = [
     "UsageReport",
     "UsageView",
     "Validation",
+    "WaitView",
     "WebhookList",
     "WebhookPatch",
     "WebhookRequest",
@@ -235,8 +236,16 @@ class ExecutionResult(WireModel):
     cached: bool = False
 
 
+class WaitView(WireModel):
+    """What a step waits for: a moment, an event or a signal, whichever comes first."""
+
+    until: Timestamp | None = None
+    event: str | None = None
+    message: str | None = None
+
+
 class StepView(WireModel):
-    """One step of an execution's record."""
+    """One step of an execution's record. `waiting` is there while it waits."""
 
     id: str
     type: str
@@ -247,6 +256,7 @@ class StepView(WireModel):
     output: Any = None
     error: str | None = None
     usage: UsageView | None = None
+    waiting: WaitView | None = None
 
 
 class ExecutionRecord(ExecutionResult):

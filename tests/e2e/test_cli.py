@@ -86,6 +86,17 @@ def test_definitions_are_validated_stored_and_removed(shell: Shell, tmp_path: Pa
     shell("workflows", "get", "cli-greeting", code=4)
 
 
+def test_a_signal_answers_a_step(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "ask.yaml"
+    file.write_text("steps: [{id: ask, approval: {message: 'May I?', timeout: 5m}}]")
+    shell("workflows", "put", "cli-ask", str(file))
+    started = shell("run", "cli-ask", "--async").stdout.strip()
+    shell("executions", "signal", started, "ask", "--data", "true")
+    answered = json.loads(shell("executions", "follow", started).stdout)
+    assert answered == {"approved": True, "data": True}
+    shell("workflows", "delete", "cli-ask")
+
+
 def test_a_key_goes_into_a_file_and_out_of_force(shell: Shell, tmp_path: Path) -> None:
     made = shell("keys", "create", "cli", "--scope", "execute", "--expires-in", "1d")
     file = tmp_path / "key"

@@ -7,12 +7,19 @@ import pytest
 from inferpipe import InferPipe
 from tests.e2e.conftest import API_KEY, Service
 from tests.support.sdk_contract import CHECKS, Workflows, shapes
+from tests.unit.test_sdk_testing import IDS as FAKE_IDS
 from tests.unit.test_sdk_testing import contract_server
 
 # `contract-echo` is the check's own, so that its list holds nothing of other tests.
-IDS = Workflows("contract-echo", "chat-assistant", "contract-failing", "chat-assistant")
+IDS = Workflows(
+    "contract-echo", "chat-assistant", "contract-failing", "chat-assistant", "contract-waiting"
+)
 DEFINITIONS = {
     "contract-echo": {"steps": [{"id": "echo", "echo": {}}]},
+    "contract-waiting": {
+        "steps": [{"id": "ask", "approval": {"message": "May I?", "timeout": "5m"}}],
+        "output": "{{ steps.ask.output.data }}",
+    },
     "contract-failing": {"steps": [{"id": "broken", "transform": "{{ input.no.such.member }}"}]},
 }
 
@@ -34,4 +41,4 @@ def test_service_keeps_the_contract(
 
 def test_streams_look_alike(client: InferPipe) -> None:
     with contract_server().client() as fake:
-        assert shapes(fake, Workflows("echo", "chat", "broken", "slow")) == shapes(client, IDS)
+        assert shapes(fake, FAKE_IDS) == shapes(client, IDS)

@@ -24,12 +24,14 @@ from inferpipe import (
 @dataclass(frozen=True)
 class Workflows:
     """`echoing` answers with its input, `texting` streams text, `failing` fails in its step,
-    `endless` runs for long and streams something."""
+    `endless` runs for long and streams something, `waiting` waits for the signal `ask` and
+    completes with its data."""
 
     echoing: str
     texting: str
     failing: str
     endless: str
+    waiting: str
 
 
 CHAT = {"messages": [{"role": "user", "content": "Tell me a story."}], "maxTokens": 12}
@@ -129,6 +131,23 @@ def check_retry(client: InferPipe, ids: Workflows) -> None:
     assert client.get_execution(again.id).retry_of == first.id
 
 
+def check_signal(client: InferPipe, ids: Workflows) -> None:
+    started = client.execute_async(ids.waiting, {})
+    while client.get_execution(started.id).status != "waiting":
+        assert client.get_execution(started.id).status in {"pending", "running", "waiting"}
+    (step,) = client.get_execution(started.id).steps
+    assert step.status == "waiting"
+    assert step.waiting is not None
+    client.executions.signal(started.id, "something else", 1)
+    assert client.get_execution(started.id).status == "waiting"
+    client.executions.signal(started.id, "ask", {"approved": True, "by": "Ada"})
+    result = client.executions.follow(started.id).wait()
+    assert result.data == {"approved": True, "by": "Ada"}
+    with pytest.raises(ConflictError) as caught:
+        client.executions.signal(started.id, "ask")
+    assert caught.value.code == "ALREADY_TERMINAL"
+
+
 def check_list(client: InferPipe, ids: Workflows) -> None:
     started = [client.execute(ids.echoing, {"n": n}).id for n in range(5)]
     listed = client.executions.list(workflow_id=ids.echoing, page_size=2)
@@ -152,6 +171,7 @@ CHECKS = (
     check_cancel,
     check_idempotency,
     check_retry,
+    check_signal,
     check_list,
     check_health,
 )

@@ -17,7 +17,7 @@ from inferpipe.testing import FakeServer
 from inferpipe.wire import UsageView
 from tests.support.sdk_contract import CHECKS, Workflows
 
-IDS = Workflows("echo", "chat", "broken", "slow")
+IDS = Workflows("echo", "chat", "broken", "slow", "waiting")
 
 
 def contract_server() -> FakeServer:
@@ -26,6 +26,7 @@ def contract_server() -> FakeServer:
     fake.completes(IDS.texting, chunks=["Once ", "upon ", "a time"])
     fake.fails(IDS.failing, "no such member", chunks=[])
     fake.holds(IDS.endless, chunks=["Once ", "upon"])
+    fake.awaits(IDS.waiting, "ask")
     return fake
 
 
