@@ -122,9 +122,14 @@ class RedisNodes:
             if self.version != known:
                 return
             why: Exception = RedisConnectionError("no node of the store is known")
-            for address in self._candidates():
+            candidates = tuple(self._candidates())
+            # With nobody else to ask there is nothing to hurry for: a process that starts beside an
+            # engine may stand still for a second by itself.
+            timeout_s = MAP_TIMEOUT_S if len(candidates) > 1 else ANSWER_TIMEOUT_S
+            for address in candidates:
                 try:
-                    await self._learn(address)
+                    async with asyncio.timeout(timeout_s):
+                        await self._learn(address)
                 except AuthenticationError:
                     raise
                 except (RedisError, OSError, TimeoutError) as error:
@@ -145,13 +150,12 @@ class RedisNodes:
 
     async def _learn(self, address: Address) -> None:
         client: Any = self.client(address)
-        async with asyncio.timeout(MAP_TIMEOUT_S):
-            try:
-                rows = await client.execute_command("CLUSTER SLOTS")
-            except ResponseError as error:
-                if _NOT_A_CLUSTER not in str(error):
-                    raise
-                rows = None
+        try:
+            rows = await client.execute_command("CLUSTER SLOTS")
+        except ResponseError as error:
+            if _NOT_A_CLUSTER not in str(error):
+                raise
+            rows = None
         self.version += 1
         if rows is None:
             self._single, self._owners = address, None
