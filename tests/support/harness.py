@@ -119,7 +119,7 @@ class Harness:
             self.clock,
             self.entropy,
             flow=Flow(
-                RedisGates(self.calls[-1], partition_count=PARTITIONS),
+                RedisGates(store._calls, partition_count=PARTITIONS),
                 self.expressions,
                 self.clock,
                 FlowLimits(waiting_max=100, ahead_max_ms=60_000),
