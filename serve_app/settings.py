@@ -178,6 +178,12 @@ class Settings(BaseSettings):
     retention_s: int = Field(
         7 * 86400, ge=60, description="How long an ended execution can be read."
     )
+    executions_kept_max: int = Field(
+        1_000_000,
+        ge=256,
+        description="Executions of one workspace; beyond it the oldest that has ended is forgotten "
+        "before its time. Each partition has its share.",
+    )
     usage_retention_days: int = Field(
         400, ge=1, le=3660, description="How long token counts can be read at `/v1/usage`."
     )

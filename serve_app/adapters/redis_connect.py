@@ -9,7 +9,7 @@ from typing import Any
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_metrics import RedisMetrics
 from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
-from serve_app.adapters.redis_store import DAY_MS, PayloadLimits, RedisStore
+from serve_app.adapters.redis_store import DAY_MS, RedisStore, StoreLimits
 from serve_app.ports import Clock
 from serve_app.settings import Settings
 
@@ -54,7 +54,9 @@ def connect(settings: Settings, clock: Clock) -> RedisConnections:
         partition_count=settings.partitions,
         backlog_max=settings.backlog_max,
         retention_ms=settings.retention_s * 1000,
-        payloads=PayloadLimits(settings.payload_inline_bytes, settings.input_max_bytes),
+        limits=StoreLimits(
+            settings.payload_inline_bytes, settings.input_max_bytes, settings.executions_kept_max
+        ),
         usage_kept_ms=settings.usage_retention_days * DAY_MS,
     )
     return RedisConnections(nodes, calls, store)

@@ -8,7 +8,8 @@
 --
 --   p:s:<execution>        hash    snapshot: seq owner status ws wf at prio watch created x st:<step>,
 --                                  ask and due of one that may not start yet
---   p:j:<execution>        stream  journal: id "<seq>-0", fields k (kind) d (JSON) c (commit id)
+--   p:j:<execution>        stream  journal: id "<seq>-0", fields k (kind) d (JSON) c (commit id);
+--                                  the first entry's d is empty: the snapshot's `created` has it
 --   p:b:<execution>        hash    payloads above the inline bound, by the name records refer to
 --   p:ready                zset    executions without an owner that have work; score: priority, age
 --   p:timers               zset    parked executions; score: when to wake, Unix ms
@@ -17,6 +18,7 @@
 --   p:capacity             string  how many a worker may own in this partition
 --   p:tokens               string  counter behind owner tokens
 --   p:ix:<ws>[:wf:<id>|:st:<status>]  zset  executions by creation time
+--   p:ends                 zset    "<execution> <status> <ws> <wf>" that ended; score: when to forget it
 --   p:outbox               stream  messages for other partitions; p:seen zset, message ids applied here
 --   p:log:<name>           stream  what the relay delivered here
 --   p:gate:<name>          zset    executions inside a gate; :line zset, those that wait; :messages
@@ -46,13 +48,16 @@
 --   ip:{config}:metrics       hash  process -> when and what it last published of its metrics
 --   ip:{config}:once:<digest> hash  body, claim, answer of one Idempotency-Key; 60 s, with an answer 24 h
 --
--- Snapshot, journal and payloads expire `retention` ms after the terminal event; everything else goes with
--- its owner. Times are the server's own (TIME), so workers need not agree on the hour.
+-- Snapshot, journal and payloads expire `retention` ms after the terminal event; commits and heartbeats
+-- then take the execution out of the indexes (`forget`), a bounded number at a time and without a
+-- scan. Everything else goes with its owner. Times are the server's own (TIME), so workers need not agree on the hour.
 
 local WATCHERS_MAX = 8        -- ingresses told of one execution; the oldest is dropped, it re-reads
 local DUE_MAX = 128           -- timers fired in one heartbeat; the rest by the next, at once
 local SEEN_TTL_MS = 86400000  -- a message is de-duplicated for a day, far beyond any relay's retry
 local PUBLISH_MAX = 65536     -- bytes of events carried by a bell; beyond it the reader reads
+local FORGET_MAX = 64         -- expired executions taken out of the indexes in one heartbeat
+local FORGET_AT_END = 2       -- and in each commit that ends one, so that they go as fast as they come
 local SPENT_TTL_MS = 2764800000  -- longer than the longest window of a key's limit
 local LOG_MAX = 1000          -- entries kept of a relayed log
 
@@ -108,6 +113,11 @@ local function entries(p, eid, after, count)
   return found
 end
 
+-- An owner's commit id, "<worker>/<token>.<n>", is unique in its partition without the worker.
+local function short(commit_id)
+  return string.match(commit_id, '[^/]*$')
+end
+
 local function append(p, eid, seq, commit_id, args, at, n)
   local events, size = {}, 0
   for i = 1, n do
@@ -143,7 +153,45 @@ local function is_new(p, message_id)
   local now = now_ms()
   if redis.call('ZADD', p .. ':seen', 'NX', text(now), message_id) == 0 then return false end
   redis.call('ZREMRANGEBYSCORE', p .. ':seen', '-inf', text(now - SEEN_TTL_MS))
+  redis.call('PEXPIRE', p .. ':seen', SEEN_TTL_MS)
   return true
+end
+
+-- Leave nothing of an execution that ended; `ending` is its member of p:ends.
+local function forget(p, ending)
+  local eid, status, ws, wf = string.match(ending, '^(%S+) (%S+) (%S+) (.*)$')
+  local ix = p .. ':ix:' .. ws
+  redis.call('UNLINK', p .. ':s:' .. eid, p .. ':j:' .. eid, p .. ':b:' .. eid)
+  redis.call('ZREM', p .. ':ends', ending)
+  redis.call('ZREM', ix, eid)
+  redis.call('ZREM', ix .. ':wf:' .. wf, eid)
+  redis.call('ZREM', ix .. ':st:' .. status, eid)
+end
+
+local function forget_expired(p, count)
+  for _, ending in ipairs(redis.call('ZRANGEBYSCORE', p .. ':ends', '-inf', text(now_ms()), 'LIMIT', 0, count)) do
+    forget(p, ending)
+  end
+end
+
+-- Hold a workspace to `kept` executions here: the oldest that has ended goes before its time. Two
+-- at a time, so that a bound that was lowered is reached as new ones come.
+local function forget_beyond(p, ws, kept)
+  local ix = p .. ':ix:' .. ws
+  for _ = 1, FORGET_AT_END do
+    if redis.call('ZCARD', ix) <= kept then return end
+    local oldest, at, ended_as
+    for _, status in ipairs({'completed', 'failed', 'cancelled'}) do
+      local first = redis.call('ZRANGE', ix .. ':st:' .. status, 0, 0, 'WITHSCORES')
+      if first[1] and (not at or tonumber(first[2]) < at) then
+        oldest, at, ended_as = first[1], tonumber(first[2]), status
+      end
+    end
+    if not oldest then return end
+    local wf = redis.call('HGET', p .. ':s:' .. oldest, 'wf')
+    if not wf then return end  -- it has expired, and is forgotten by its own time
+    forget(p, table.concat({oldest, ended_as, ws, wf}, ' '))
+  end
 end
 
 -- Keep the payloads that stand in the arguments from `at`: n (name bytes)*
@@ -171,7 +219,7 @@ local function create(keys, args)
   local ws, workflow, at = args[4], args[5], args[6]
   local m = keep_payloads(p, eid, args, 12)
   local message = args[m] and {args[m], args[m + 1], args[m + 2]}
-  redis.call('XADD', p .. ':j:' .. eid, '1-0', 'k', 'execution.created', 'd', args[3], 'c', args[2])
+  redis.call('XADD', p .. ':j:' .. eid, '1-0', 'k', 'execution.created', 'd', '', 'c', args[2])
   redis.call('HSET', s, 'seq', '1', 'owner', '', 'status', 'pending', 'ws', ws, 'wf', workflow,
     'at', at, 'prio', args[7], 'watch', args[8], 'created', args[3])
   redis.call('ZADD', p .. ':ix:' .. ws, at, eid)
@@ -189,12 +237,13 @@ local function create(keys, args)
 end
 
 -- commit: eid commit_id expected token status verb arg events_n (kind data)* fields_n (name value)*
---         out_n (message_id target body)* payloads_n (name bytes)* [what `book` takes, with verb end]
+--         out_n (message_id target body)* payloads_n (name bytes)*
+--         [with verb end: kept_max, what `book` takes]
 -- verb: keep | park (arg: wake ms) | end (arg: retention ms) | append (by somebody else than the owner)
 local function commit(keys, args)
-  local p, eid, commit_id, token, verb = keys[1], args[1], args[2], args[4], args[6]
+  local p, eid, commit_id, token, verb = keys[1], args[1], short(args[2]), args[4], args[6]
   local s = p .. ':s:' .. eid
-  local h = redis.call('HMGET', s, 'seq', 'owner', 'status', 'ws', 'at', 'watch', 'prio')
+  local h = redis.call('HMGET', s, 'seq', 'owner', 'status', 'ws', 'at', 'watch', 'prio', 'wf')
   if not h[1] then return {'gone'} end
   local seq, expected, owner = tonumber(h[1]), tonumber(args[3]), h[2]
   -- A fail-over lost what the committer has seen: it must begin again from what is left.
@@ -237,7 +286,11 @@ local function commit(keys, args)
     redis.call('PEXPIRE', s, args[7])
     redis.call('PEXPIRE', p .. ':j:' .. eid, args[7])
     redis.call('PEXPIRE', p .. ':b:' .. eid, args[7])
-    book(p, h[4], args, at)
+    local ending = table.concat({eid, status, h[4], h[8]}, ' ')
+    redis.call('ZADD', p .. ':ends', text(now_ms() + tonumber(args[7])), ending)
+    book(p, h[4], args, at + 1)
+    forget_expired(p, FORGET_AT_END)
+    forget_beyond(p, h[4], tonumber(args[at]))
   end
   tell(p, h[6], verb == 'append' and worker, eid, seq + 1, events, size)
   if verb == 'append' and owner == '' then
@@ -290,6 +343,7 @@ local function heartbeat(keys, args)
       assign(p, eid, h[2])
     end
   end
+  forget_expired(p, FORGET_MAX)
   local next_timer = redis.call('ZRANGE', p .. ':timers', 0, 0, 'WITHSCORES')
   return {
     text(now), next_timer[2] or '-1', redis.call('ZCARD', p .. ':ready'),

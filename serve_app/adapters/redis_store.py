@@ -59,21 +59,23 @@ RELAY_NOW_MAX = 64  # messages sent by an acceptance; more are a worker's work
 
 
 @dataclass(frozen=True, slots=True)
-class PayloadLimits:
-    """What may be large, and how large.
+class StoreLimits:
+    """What may be large or many, and where it ends.
 
     Args:
         inline_bytes: a stored record above it keeps its large members apart.
         input_bytes: an execution's input, as JSON.
+        kept_max: executions of one workspace; the oldest that ended goes first.
         page_bytes: payloads read with one page of a journal; the page ends there.
     """
 
     inline_bytes: int = INLINE_BYTES
     input_bytes: int = 8 << 20
+    kept_max: int = 1_000_000
     page_bytes: int = 16 << 20
 
 
-DEFAULT_PAYLOADS = PayloadLimits()
+DEFAULT_LIMITS = StoreLimits()
 
 
 class RedisStore:
@@ -87,14 +89,15 @@ class RedisStore:
         backlog_max: int,
         retention_ms: int,
         usage_kept_ms: int = 400 * DAY_MS,
-        payloads: PayloadLimits = DEFAULT_PAYLOADS,
+        limits: StoreLimits = DEFAULT_LIMITS,
     ) -> None:
         self._calls = calls
         self._partition_count = partition_count
         self._backlog_max = backlog_max
         self._retention_ms = retention_ms
         self._usage_kept_ms = usage_kept_ms
-        self._payloads = payloads
+        self._limits = limits
+        self._kept_max = max(1, limits.kept_max // partition_count)
         self._index = RedisIndex(calls, partition_count)
 
     @property
@@ -172,6 +175,7 @@ class RedisStore:
             args.extend((message.message_id, target, message.body))
         args.extend(_payload_args(splitter))
         if verb == "end":
+            args.append(self._kept_max)
             args.extend(booking_args(spending_of(after), self._usage_kept_ms))
         answer = await self._calls.fcall("ip1_commit", self._key(after.id), *args)
         if answer[0] == b"new":
@@ -194,13 +198,20 @@ class RedisStore:
         key = f"{self._key(execution_id)}:j:{execution_id}"
         rows = await self._calls.call("XRANGE", key, f"{after}-1", "+", "COUNT", limit)
         found: list[tuple[int, bytes, bytes, bytes]] = []
-        room = self._payloads.page_bytes
+        room = self._limits.page_bytes
         for entry_id, members in rows:
             room -= sum(map(size_of, references((members[b"d"],))))
             if found and room < 0:
                 break
             seq = int(entry_id.split(b"-")[0])
             found.append((seq, members[b"k"], members[b"d"], members[b"c"]))
+        if found and not found[0][2]:
+            # The journal's first entry is kept once, in the snapshot.
+            snapshot = f"{self._key(execution_id)}:s:{execution_id}"
+            created = await self._calls.call("HGET", snapshot, "created")
+            if created is None:
+                return ()
+            found[0] = (*found[0][:2], created, found[0][3])
         return await self._stored(execution_id, found)
 
     async def watch(self, execution_id: str, watcher: str) -> Execution | None:
@@ -338,11 +349,11 @@ class RedisStore:
         return None if None in found else dict(zip(names, found, strict=True))
 
     def _splitter(self) -> Splitter:
-        return Splitter(self._payloads.inline_bytes)
+        return Splitter(self._limits.inline_bytes)
 
     def _check_input(self, created: ExecutionCreated, size: int) -> None:
         # The sum is of the whole record: only where it is above the limit the input is measured.
-        limit = self._payloads.input_bytes
+        limit = self._limits.input_bytes
         if size > limit and (size := len(orjson.dumps(created.input))) > limit:
             raise BodyTooLargeError(
                 f"the input takes {size} bytes; INFERPIPE_INPUT_MAX_BYTES allows {limit}"

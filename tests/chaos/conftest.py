@@ -93,7 +93,11 @@ class Cluster:
     def journal(self, execution_id: str) -> list[Entry]:
         """All events, read past the API."""
         with redis.Redis.from_url(self.endpoint()["url"]) as client:
-            return entries_of_stream(client.xrange(f"{partition(execution_id)}:j:{execution_id}"))
+            rows = client.xrange(f"{partition(execution_id)}:j:{execution_id}")
+            if rows and not rows[0][1][b"d"]:  # it stands in the snapshot
+                snapshot = f"{partition(execution_id)}:s:{execution_id}"
+                rows[0][1][b"d"] = client.hget(snapshot, "created")
+            return entries_of_stream(rows)
 
     def check(self, *execution_ids: str) -> list[list[Entry]]:
         """Judge the journals of executions that have ended, and return them."""

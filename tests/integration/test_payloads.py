@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.adapters.redis_store import PayloadLimits
+from serve_app.adapters.redis_store import StoreLimits
 from serve_app.core.errors import BodyTooLargeError
 from serve_app.core.execution import ExecutionCreated, Status, StepCompleted
 from serve_app.core.inference import JsonValue
@@ -18,7 +18,7 @@ from tests.support.harness import Harness
 from tests.support.valkey_cluster import flush
 
 LARGE = "x" * 5_000_000
-LIMITS = PayloadLimits(inline_bytes=1000, input_bytes=6_000_000, page_bytes=1 << 20)
+LIMITS = StoreLimits(inline_bytes=1000, input_bytes=6_000_000, page_bytes=1 << 20)
 DOUBLE = {
     "id": "double",
     "steps": [{"id": "one", "work": {}}, {"id": "two", "work": {}}],
@@ -38,7 +38,7 @@ async def harness(store_url: str) -> AsyncIterator[Harness]:
         store_url,
         step_types={"work": StepType(check=lambda _: (), run=work)},
         definitions=[DOUBLE],
-        payloads=LIMITS,
+        store_limits=LIMITS,
     )
     await flush(store_url)
     yield running

@@ -11,7 +11,7 @@ from serve_app.adapters.redis_bells import RedisBells, ingress_channels, worker_
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_gates import RedisGates
 from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
-from serve_app.adapters.redis_store import DEFAULT_PAYLOADS, PayloadLimits, RedisStore
+from serve_app.adapters.redis_store import DEFAULT_LIMITS, RedisStore, StoreLimits
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.core.definition import parse_workflow
 from serve_app.core.errors import UnknownWorkflowError
@@ -57,7 +57,7 @@ class Harness:
     backlog_max: int = 1000
     retention_ms: int = 600_000
     ack_replicas: int = 0
-    payloads: PayloadLimits = DEFAULT_PAYLOADS
+    store_limits: StoreLimits = DEFAULT_LIMITS
     on_end: OnEnd = tell_nobody
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Harness:
             partition_count=PARTITIONS,
             backlog_max=self.backlog_max,
             retention_ms=self.retention_ms,
-            payloads=self.payloads,
+            limits=self.store_limits,
         )
         self.calls.append(calls)
         return nodes, store
