@@ -79,7 +79,10 @@ async def everything(url: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     async with raw_client(url) as client:
         async for key in client.scan_iter(count=1000):
-            command, *rest = READ_BY[(await client.type(key)).decode()]
+            kind = (await client.type(key)).decode()
+            if kind == "none":
+                continue  # it went between the two questions
+            command, *rest = READ_BY[kind]
             found[key.decode()] = await client.execute_command(command, key, *rest)
     return found
 
