@@ -154,6 +154,7 @@ class Bench(Harness):
 
     def connect(self) -> tuple[RedisNodes, RedisStore]:
         opened = self.open(self.surface_url)
+        self.calls.append(opened.calls)
         return opened.nodes, opened.store
 
     async def start_worker(
