@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from inferpipe import AsyncInferPipe, InferPipe, StreamEvent
+from serve_app.adapters.system import SystemClock
 from serve_app.core.inference import Chunk, FinishReason, GenerationRequest, Grant, Usage
 from serve_app.services.inference import Inference
 from tests.support.api import ADMIN_KEY, Api, ScriptedPlane, running_api
@@ -76,8 +77,9 @@ class Line:
 @pytest.fixture
 async def line(valkey_url: str, tmp_path: Path) -> AsyncIterator[Line]:
     plane = SlowPlane()
+    inference = Inference(plane, plane, SystemClock(), resume_wait_s=1.0)
     async with (
-        running_api(valkey_url, tmp_path, Inference(plane, plane)) as plane.api,
+        running_api(valkey_url, tmp_path, inference) as plane.api,
         listening(plane.api.app) as url,
         TcpProxy.before(url) as proxy,
     ):
