@@ -68,7 +68,8 @@ def _shown_ms(report: ReplicaReport) -> int:
 
 def _aged(report: ReplicaReport, now_ms: int) -> ReplicaReport:
     is_silent = now_ms - report.at_ms >= REPORT_TTL_MS
-    return replace(report, phase=LOST) if is_silent and report.phase == "ready" else report
+    is_lost = is_silent and report.phase in {"ready", "draining"}  # both report while they live
+    return replace(report, phase=LOST) if is_lost else report
 
 
 def _ready_first(report: ReplicaReport) -> tuple[bool, str]:

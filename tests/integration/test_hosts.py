@@ -54,13 +54,15 @@ async def test_a_proxy_before_us_has_its_address_told(
 async def test_hosts_that_do_not_serve_are_shown_for_a_while(api: Api) -> None:
     await report(api, "b-ready")
     await report(api, "a-silent", age_ms=10_000)
+    await report(api, "a-silent-too", age_ms=10_000, phase="draining")
     await report(api, "c-starting", age_ms=120_000, phase="starting")
     await report(api, "d-failed", age_ms=10_000, phase="failed")
     await report(api, "e-gone", age_ms=90_000)
     await report(api, "f-failed-long-ago", age_ms=90_000, phase="failed")
     hosts = (await api.http.get("/v1/hosts")).json()["hosts"]
     assert [(host["id"], host["status"]) for host in hosts] == [
-        ("b-ready", "ready"), ("a-silent", "lost"), ("c-starting", "starting"),
+        ("b-ready", "ready"), ("a-silent", "lost"), ("a-silent-too", "lost"),
+        ("c-starting", "starting"),
         ("d-failed", "failed"),
     ]  # fmt: skip
     assert hosts[0]["latencyMs"] is None
