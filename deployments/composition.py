@@ -5,7 +5,7 @@ Apart from the deployment, so that tests can run the same application without Ra
 
 from importlib.metadata import version
 
-from deployments.definitions import catalog_of, publish_definitions
+from deployments.definitions import catalog_of, children_of, publish_definitions
 from deployments.webhooks import guarded_http, webhooks_of
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
@@ -55,7 +55,8 @@ def compose(
     bells = RedisBells(stores.nodes, ingress_channels(ingress_id, settings.partitions), clock)
     feeds = Feeds(ingress_id, stores.store, bells, clock, render_sse)
     http = guarded_http(settings)  # opens nothing: here the types only check definitions
-    types = step_types(inference, schemas, entropy, http, settings.http_answer_max_bytes)
+    children = children_of(settings, stores.calls, clock, lambda: catalog)
+    types = step_types(inference, schemas, entropy, http, settings.http_answer_max_bytes, children)
     catalog = catalog_of(stores.calls, types, clock)
     keys = RedisKeys(stores.calls, clock)
     registry = RedisReplicas(stores.nodes, stores.calls, clock)

@@ -1,6 +1,6 @@
 """Definitions: the catalog with all its checks, and what is published at start."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 
 import yaml
@@ -9,10 +9,13 @@ from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_config import SHIPPED, RedisCatalog
+from serve_app.adapters.redis_gates import RedisGates
 from serve_app.core.definition import parse_workflow
 from serve_app.core.errors import InvalidWorkflowError
 from serve_app.core.workflow import Workflow
 from serve_app.ports import Clock, StepType, WorkflowCatalog
+from serve_app.services.children import Children
+from serve_app.services.flow import Flow, FlowLimits
 from serve_app.settings import Settings
 
 
@@ -29,6 +32,25 @@ def catalog_of(calls: RedisCalls, step_types: Mapping[str, StepType], clock: Clo
         )
 
     return RedisCatalog(calls, parse, clock)
+
+
+def children_of(
+    settings: Settings,
+    calls: RedisCalls,
+    clock: Clock,
+    catalog: Callable[[], WorkflowCatalog],
+) -> Children:
+    """What starts workflows from steps."""
+    gates = RedisGates(calls, partition_count=settings.partitions)
+    limits = FlowLimits(settings.flow_waiting_max, settings.flow_ahead_s * 1000)
+    return Children(
+        catalog,
+        JsonSchemas(),
+        Flow(gates, CelExpressions(), clock, limits),
+        clock,
+        partition_count=settings.partitions,
+        timeout_default_ms=settings.timeout_default_ms,
+    )
 
 
 async def publish_definitions(catalog: WorkflowCatalog, settings: Settings) -> None:

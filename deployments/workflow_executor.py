@@ -10,7 +10,7 @@ from ray import serve
 
 from deployments.addresses import own_address
 from deployments.background import Background
-from deployments.definitions import catalog_of
+from deployments.definitions import catalog_of, children_of
 from deployments.webhooks import endings_of, guarded_http
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
@@ -63,10 +63,16 @@ class WorkflowExecutor:
         self._http = guarded_http(settings)
         types = bounded(
             step_types(
-                inference, JsonSchemas(), entropy, self._http, settings.http_answer_max_bytes
+                inference,
+                JsonSchemas(),
+                entropy,
+                self._http,
+                settings.http_answer_max_bytes,
+                children_of(settings, self._stores.calls, self._clock, lambda: self._catalog),
             ),
             settings.result_max_bytes,
         )
+        self._catalog = catalog_of(self._stores.calls, types, self._clock)
         runtime = Runtime(
             self._stores.store,
             types,
@@ -87,7 +93,7 @@ class WorkflowExecutor:
             worker_id,
             runtime,
             RedisBells(self._stores.nodes, channels, self._clock),
-            catalog_of(self._stores.calls, types, self._clock),
+            self._catalog,
             limits,
         )
         self._background = Background()

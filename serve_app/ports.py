@@ -319,6 +319,9 @@ class StepCall:
         report_usage: takes the attempt's usage so far; counted however the attempt ends.
         workspace: whose work it is.
         publish: says how far the execution is (0 to 100), and what is being done.
+        created: what the execution was accepted with.
+        hand_over: the step waits from here on, once `run` has returned; the message leaves with
+            the commit in which it begins to.
         send: takes a log, an id and a body that leave with the commit of the step's result; only
             for `compute`, whose result and commit are one.
     """
@@ -334,6 +337,8 @@ class StepCall:
     emit: Callable[[str, tuple[int, ...]], None]
     report_usage: Callable[[Usage], None]
     workspace: str = ""
+    created: ExecutionCreated | None = None
+    hand_over: Callable[[Wait, Outgoing], None] = lambda _wait, _outgoing: None
     publish: Callable[[float, str], None] = lambda _progress, _message: None
     send: Callable[[str, str, bytes], None] = lambda _log, _message_id, _body: None
 

@@ -29,9 +29,11 @@ from serve_app.adapters.payloads import (
     size_of,
 )
 from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_children import take_child_message
 from serve_app.adapters.redis_index import Flat, RedisIndex, fields_of, partition_key
 from serve_app.adapters.redis_usage import booking_args
 from serve_app.adapters.redis_verdicts import entrance, take_verdict
+from serve_app.core.children import CHILD_LOGS
 from serve_app.core.errors import BodyTooLargeError, OverloadedError, StoreUnavailableError
 from serve_app.core.execution import Execution, ExecutionCreated, Status, new_execution
 from serve_app.core.gate_messages import GATE_LOG, VERDICT_LOG
@@ -273,6 +275,8 @@ class RedisStore:
         key = partition_key(outgoing.target_partition)
         if outgoing.log == VERDICT_LOG:
             return await take_verdict(self, outgoing)
+        if outgoing.log in CHILD_LOGS:
+            return await take_child_message(self, outgoing)
         args = (outgoing.message_id, outgoing.log, outgoing.body)
         function = APPLIED_BY.get(outgoing.log.partition(":")[0], "ip1_apply")
         return bool(await self._calls.fcall(function, key, *args))
@@ -286,8 +290,7 @@ class RedisStore:
         """
         outbox = f"{partition_key(partition)}:outbox"
         rows = await self._calls.call("XRANGE", outbox, "-", "+", "COUNT", limit)
-        sends = (self.send(_outgoing(members)) for _, members in rows)
-        outcomes = await asyncio.gather(*sends, return_exceptions=True)
+        outcomes = await self._sent([_outgoing(members) for _, members in rows])
         failures = [one for one in outcomes if isinstance(one, BaseException)]
         sent = [
             entry_id
@@ -303,6 +306,24 @@ class RedisStore:
         for target in gates - {partition}:
             await self.relay(target, limit)
         return len(rows)
+
+    async def _sent(self, messages: Sequence[Outgoing]) -> list[bool | BaseException]:
+        """What became of each; those to children one after the other: a cancel follows a start."""
+        side_by_side = [one for one in messages if one.log not in CHILD_LOGS]
+        answers = await asyncio.gather(*map(self.send, side_by_side), return_exceptions=True)
+        outcomes: dict[str, bool | BaseException] = {
+            one.message_id: answer for one, answer in zip(side_by_side, answers, strict=True)
+        }
+        failure: BaseException | None = None
+        for one in messages:
+            if one.log in CHILD_LOGS and failure is None:
+                try:
+                    outcomes[one.message_id] = await self.send(one)
+                except (StoreUnavailableError, OverloadedError) as error:
+                    failure = error
+            if failure is not None:
+                outcomes.setdefault(one.message_id, failure)
+        return [outcomes[one.message_id] for one in messages]
 
     async def _relay_now(self, execution_id: str) -> None:
         """Send what an acceptance left in the outbox; if that fails, a worker's heartbeat does."""

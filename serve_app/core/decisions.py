@@ -30,9 +30,12 @@ from serve_app.core.execution import (
     StepRetrying,
     StepState,
     StepStatus,
+    StepWaiting,
+    Wait,
 )
 from serve_app.core.gates import Verdict
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
+from serve_app.core.journal import EXECUTION_ID_PREFIX, Outgoing
 from serve_app.core.retry import retry_delay_ms
 from serve_app.core.rounds import cut_off
 from serve_app.core.scope import block_of
@@ -104,7 +107,18 @@ class Progressed:
     message: str
 
 
-Fact = ChunkArrived | Progressed | StepFinished | StepErrored
+@dataclass(frozen=True, slots=True)
+class StepHandedOver:
+    """A running step has done its part and waits; the message leaves as it begins to."""
+
+    step_id: str
+    attempt: int
+    wait: Wait
+    outgoing: Outgoing
+    usage: Usage = NO_USAGE
+
+
+Fact = ChunkArrived | Progressed | StepFinished | StepHandedOver | StepErrored
 
 
 def cancel(execution: Execution, reason: str, now_ms: int) -> tuple[Event, ...]:
@@ -125,10 +139,13 @@ def receive(execution: Execution, name: str, data: JsonValue, now_ms: int) -> tu
 
     Raises:
         AlreadyTerminalError: it has ended.
+        InvalidRequestError: the name is that of an execution, which only a child's end bears.
         TooManySignalsError: as many as are kept wait already.
     """
     if execution.is_terminal:
         raise AlreadyTerminalError(f"execution {execution.id} is already {execution.status}")
+    if name.startswith(EXECUTION_ID_PREFIX):
+        raise InvalidRequestError(f"a signal's name does not begin with {EXECUTION_ID_PREFIX}")
     if len(execution.signals) >= SIGNALS_MAX:
         raise TooManySignalsError(f"{SIGNALS_MAX} signals wait for a step already")
     return (SignalReceived(now_ms, name, data),)
@@ -179,6 +196,9 @@ def record(
         case StepFinished(step_id=step_id, output=output, usage=usage):
             cut = cut_off(step_id, ErrorCode.CANCELLED, now_ms, usage)
             return (cut if is_cancelling else StepCompleted(now_ms, step_id, output, usage),)
+        case StepHandedOver(step_id=step_id, wait=wait):
+            cut = cut_off(step_id, ErrorCode.CANCELLED, now_ms)
+            return (cut if is_cancelling else StepWaiting(now_ms, step_id, wait),)
         case StepErrored():
             return (_after_error(execution, workflow, step, fact, now_ms, jitter),)
 

@@ -36,8 +36,8 @@ WORKFLOW_KEYS = ("id", "description", "input", "timeout", "retry", *FLOW_KEYS, "
 STEP_KEYS = ("id", "needs", "when", "retry", "timeout")
 ANSWER_KEYS = frozenset({"version", "createdAt"})  # GET adds them, so that PUT ignores them
 WORKFLOW_KEYS_TO_COME = frozenset({"triggers"})
-STEP_TYPES_TO_COME = frozenset({"workflow", "app"})
-WAITS = ("sleep", "approval", "wait_for_event")
+STEP_TYPES_TO_COME = frozenset({"app"})
+WAITS = ("sleep", "approval", "wait_for_event", "workflow")
 COMPOSITE_KEYS: Mapping[str, tuple[str, ...]] = {
     "parallel": ("branches",),
     "map": ("over", "concurrency", "onError", "steps"),

@@ -63,6 +63,8 @@ class ExecutionCreated:
         key_id: of the key that asked, for the usage ledger; never the key.
         mode: how its caller asked for it: `async`, `sync` or `stream`.
         gates: what it must pass before it starts, in order.
+        parent: the execution whose step waits for this one.
+        depth: how many parents there are above it.
     """
 
     at_ms: int
@@ -81,6 +83,8 @@ class ExecutionCreated:
     key_id: str | None = None
     mode: str = "async"
     gates: tuple[Gate, ...] = ()
+    parent: str | None = None
+    depth: int = 0
 
     @property
     def deadline_ms(self) -> int | None:
@@ -128,6 +132,7 @@ class WaitKind(StrEnum):
     TIME = "time"
     APPROVAL = "approval"
     EVENT = "event"
+    CHILD = "child"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +141,8 @@ class Wait:
 
     Args:
         until_ms: when it ends by itself.
-        event: the name of the event that answers it, beside the step's own.
-        message: for whoever shall answer.
+        event: the name of the event that answers it, beside the step's own; the child's id.
+        message: for whoever shall answer; the child's workflow.
     """
 
     kind: WaitKind

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from serve_app.core.execution import Event, Execution
 
-_ID_PREFIX = "exe_"
+EXECUTION_ID_PREFIX = "exe_"
 
 
 def execution_id(partition: int, token: str) -> str:
@@ -20,7 +20,7 @@ def execution_id(partition: int, token: str) -> str:
         partition: 0 to 255.
         token: what makes it unique: letters, digits, `-` and `_`.
     """
-    return f"{_ID_PREFIX}{partition:02x}{token}"
+    return f"{EXECUTION_ID_PREFIX}{partition:02x}{token}"
 
 
 def derived_execution_id(partition_count: int, *parts: str) -> str:
@@ -36,7 +36,7 @@ def partition_for(partition_count: int, key: str) -> int:
 
 def partition_of(an_execution_id: str, partition_count: int) -> int | None:
     """The partition an id names; None when it is not an id of this cluster."""
-    return marked_partition(an_execution_id, _ID_PREFIX, partition_count)
+    return marked_partition(an_execution_id, EXECUTION_ID_PREFIX, partition_count)
 
 
 def marked_partition(an_id: str, prefix: str, partition_count: int) -> int | None:

@@ -6,12 +6,13 @@ fits, the one that began to wait first takes it.
 
 from collections.abc import Iterator
 
-from serve_app.core.errors import StepFailedError
+from serve_app.core.errors import ErrorCode, StepFailedError
 from serve_app.core.execution import (
     Event,
     Execution,
     Signal,
     SignalTaken,
+    Status,
     StepCompleted,
     StepFailed,
     StepState,
@@ -42,16 +43,21 @@ def ended_waits(
             continue
         if signal is not None:
             taken.add(signal.seq)
-            output = output_of_wait(state.wait, signal)
-            yield (
-                path,
-                (
-                    SignalTaken(now_ms, path, signal.seq),
-                    StepCompleted(now_ms, path, output),
-                ),
-            )
+            taking = SignalTaken(now_ms, path, signal.seq)
+            yield path, (taking, _result(path, state.wait, signal, now_ms))
         elif is_over(state, now_ms):
-            yield path, (StepCompleted(now_ms, path, output_of_wait(state.wait, None)),)
+            yield path, (_result(path, state.wait, None, now_ms),)
+
+
+def _result(path: str, wait: Wait, signal: Signal | None, now_ms: int) -> Event:
+    if wait.kind is not WaitKind.CHILD:
+        return StepCompleted(now_ms, path, output_of_wait(wait, signal))
+    outcome = signal.data if signal is not None and isinstance(signal.data, dict) else {}
+    if outcome.get("status") == Status.COMPLETED:
+        return StepCompleted(now_ms, path, outcome.get("data"))
+    error = outcome.get("error") or "has not ended in time"
+    text = f"{wait.message} ({wait.event}): {error}"
+    return StepFailed(now_ms, path, text, ErrorCode.STEP_FAILED)
 
 
 def is_over(state: StepState, now_ms: int) -> bool:
@@ -104,6 +110,10 @@ def _answer(
         return None
     for signal in execution.signals:
         if signal.seq in taken:
+            continue
+        if wait.kind is WaitKind.CHILD:
+            if signal.name == wait.event:
+                return signal
             continue
         if signal.name in (path, workflow.step(path).id):
             return signal

@@ -8,7 +8,15 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from serve_app.core.decisions import Fact, StepErrored, StepFinished, record, take_over
+from serve_app.core.children import cancels, end
+from serve_app.core.decisions import (
+    Fact,
+    StepErrored,
+    StepFinished,
+    StepHandedOver,
+    record,
+    take_over,
+)
 from serve_app.core.due import doomed_steps, due_events
 from serve_app.core.errors import ErrorCode, ServeAppError, StepFailedError
 from serve_app.core.execution import (
@@ -110,7 +118,12 @@ class Planner:
         `busy` names the steps under way.
         """
         for fact in facts:
-            plan.add(self._recorded(plan.after, fact, now_ms))
+            events = self._recorded(plan.after, fact, now_ms)
+            plan.add(events)
+            if isinstance(fact, StepHandedOver) and isinstance(
+                next(iter(events), None), StepWaiting
+            ):
+                plan.outgoing.append(fact.outgoing)
         workflow, evaluate = self._workflow, self._runtime.expressions.evaluate
         while len(plan.events) < PLAN_EVENTS_MAX:
             plan.doomed = doomed_steps(plan.after, workflow, now_ms, plan.touched).intersection(
@@ -126,6 +139,10 @@ class Planner:
             for event in due:
                 if isinstance(event, StepStarted):
                     self._compute(plan, event, now_ms)
+        partition_count = self._runtime.store.partition_count
+        plan.outgoing += cancels(plan.after, plan.events, partition_count)
+        if plan.after.is_terminal:
+            plan.outgoing += end(plan.after, partition_count)
         return plan
 
     def take_over(self, plan: Plan, now_ms: int) -> None:
@@ -159,6 +176,7 @@ class Planner:
             priority=execution.created.priority,
             emit=emit,
             report_usage=report_usage,
+            created=execution.created,
             publish=publish,
             workspace=execution.created.workspace,
         )

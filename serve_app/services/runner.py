@@ -19,6 +19,7 @@ from serve_app.core.decisions import (
     Progressed,
     StepErrored,
     StepFinished,
+    StepHandedOver,
 )
 from serve_app.core.due import next_wake_ms
 from serve_app.core.errors import (
@@ -34,6 +35,7 @@ from serve_app.core.execution import (
     Folding,
     Status,
     StepStatus,
+    Wait,
 )
 from serve_app.core.gate_messages import leave
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
@@ -64,6 +66,7 @@ class _StepTask:
     task: "asyncio.Task[None]"
     usage: Usage = NO_USAGE
     is_aborted: bool = False
+    handed_over: tuple[Wait, Outgoing] | None = None
 
 
 class Driver:
@@ -233,7 +236,12 @@ class Driver:
     async def _run(self, step_id: str, attempt: int) -> None:
         fact: Fact
         try:
-            fact = StepFinished(step_id, attempt, await self._output(step_id, attempt))
+            output = await self._output(step_id, attempt)
+            present = self._tasks.get(step_id)
+            if present is not None and present.handed_over is not None:
+                fact = StepHandedOver(step_id, attempt, *present.handed_over)
+            else:
+                fact = StepFinished(step_id, attempt, output)
         except asyncio.CancelledError:
             running = self._tasks.get(step_id)
             if running is None:
@@ -263,6 +271,9 @@ class Driver:
             lambda usage: self._report_usage(step_id, usage),
             lambda progress, message: self._publish(step_id, attempt, progress, message),
         )
+        call = replace(
+            call, hand_over=lambda wait, outgoing: self._hand_over(step_id, wait, outgoing)
+        )
         limit = asyncio.timeout(None if step.timeout_ms is None else step.timeout_ms / 1000)
         try:
             async with limit:
@@ -282,6 +293,10 @@ class Driver:
         elif text or token_ids:
             self._facts.append(ChunkArrived(step_id, attempt, text, token_ids))
         self._wake.set()
+
+    def _hand_over(self, step_id: str, wait: Wait, outgoing: Outgoing) -> None:
+        if step_id in self._tasks:
+            self._tasks[step_id].handed_over = (wait, outgoing)
 
     def _publish(self, step_id: str, attempt: int, progress: float, message: str) -> None:
         self._facts.append(Progressed(step_id, attempt, progress, message))
@@ -326,6 +341,8 @@ def _aborted(step_id: str, running: _StepTask) -> StepErrored:
 
 def _with_usage(fact: Fact, usage: Usage) -> Fact:
     match fact:
+        case StepHandedOver():
+            return fact
         case StepFinished(step_id=step_id, attempt=attempt, output=output):
             return StepFinished(step_id, attempt, output, usage)
         case StepErrored():

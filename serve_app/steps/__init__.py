@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from serve_app.ports import Entropy, HttpClient, Schemas, StepType
+from serve_app.services.children import Children
 from serve_app.services.inference import Inference
 from serve_app.steps.approval import APPROVAL
 from serve_app.steps.echo import ECHO
@@ -13,6 +14,7 @@ from serve_app.steps.publish import PUBLISH
 from serve_app.steps.sleep import SLEEP
 from serve_app.steps.transform import TRANSFORM
 from serve_app.steps.wait_for_event import WAIT_FOR_EVENT
+from serve_app.steps.workflow import workflow_step
 
 
 def step_types(
@@ -21,6 +23,7 @@ def step_types(
     entropy: Entropy,
     http: HttpClient,
     http_answer_max_bytes: int,
+    children: Children,
 ) -> Mapping[str, StepType]:
     """All step types, by the key that names them."""
     return {
@@ -29,6 +32,7 @@ def step_types(
         "http": http_step(http, http_answer_max_bytes),
         "publish": PUBLISH,
         "emit": EMIT,
+        "workflow": workflow_step(children),
         "sleep": SLEEP,
         "approval": APPROVAL,
         "wait_for_event": WAIT_FOR_EVENT,

@@ -126,6 +126,12 @@ FIXTURES = {
             "body": {"method": "POST", "url": "https://e.com/?a=1&q=x+y", "body": "[1]"},
         },
     ),
+    "workflow": Fixture(
+        good=[{"id": "other", "input": {}}, {"id": "{{ input }}", "input": "{{ input }}"}],
+        bad=[("other", ()), ({"id": "other"}, ("input",)), ({"id": 3, "input": 1}, ("id",))],
+        filled={"id": "other", "input": {"n": 1}},
+        gives=None,
+    ),
     "publish": Fixture(
         good=[{"progress": 40}, {"progress": "{{ input }}", "message": "{{ input }}"}],
         bad=[
@@ -147,6 +153,13 @@ FIXTURES = {
 }  # fmt: skip
 
 
+class Beginning:
+    """Starts children by doing nothing."""
+
+    async def start(self, call: StepCall, workflow_id: str, value: JsonValue) -> None:
+        assert (workflow_id, value) == ("other", {"n": 1})
+
+
 class Echoing:
     """An HTTP client to a server that answers with the request."""
 
@@ -159,7 +172,8 @@ class Echoing:
 def registered() -> dict[str, StepType]:
     plane = ScriptedPlane()
     inference = Inference(plane, plane, SystemClock(), resume_wait_s=1.0)
-    return dict(step_types(inference, JsonSchemas(), ToyEntropy(), Echoing(), 1000))
+    types = step_types(inference, JsonSchemas(), ToyEntropy(), Echoing(), 1000, Beginning())
+    return dict(types)
 
 
 def a_call(fixture: Fixture, **members: Any) -> StepCall:

@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from deployments.composition import compose, publish
+from deployments.definitions import children_of
 from deployments.webhooks import endings_of, guarded_http
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
@@ -111,8 +112,11 @@ async def running_api(
     composed = compose(settings, stores, inference, clock, entropy)
     services = replace(composed, is_behind_serve=False)
     await publish(services)
+    children = children_of(settings, stores.calls, clock, lambda: services.catalog)
     way_out = guarded_http(settings)
-    types = step_types(inference, JsonSchemas(), entropy, way_out, settings.http_answer_max_bytes)
+    types = step_types(
+        inference, JsonSchemas(), entropy, way_out, settings.http_answer_max_bytes, children
+    )
     endings = endings_of(settings, stores.calls, clock)
     runtime = Runtime(stores.store, types, CelExpressions(), clock, entropy, endings.outgoing)
     bells = RedisBells(stores.nodes, worker_channels("w1", settings.partitions), clock)

@@ -1,0 +1,71 @@
+"""What the relay does with messages between parents and children.
+
+Owns how each becomes an execution or an event. Invariant: all three may come twice, and late: a
+child is created once by its id, an end is appended once, and what has ended is left alone.
+"""
+
+from collections.abc import Callable
+
+import orjson
+
+from serve_app.adapters.event_codec import decode_event
+from serve_app.core.children import CANCEL_LOG, START_LOG, ended
+from serve_app.core.decisions import cancel
+from serve_app.core.errors import AlreadyTerminalError, BodyTooLargeError
+from serve_app.core.execution import Event, Execution, ExecutionCreated, evolve
+from serve_app.core.journal import Commit, Committed, Conflict, Outgoing
+from serve_app.ports import ExecutionStore
+
+Decide = Callable[[Execution], tuple[Event, ...]]
+
+
+async def take_child_message(store: ExecutionStore, outgoing: Outgoing) -> bool:
+    """Apply one message; False where it changed nothing.
+
+    Raises:
+        OverloadedError: the child's partition takes no more now; the message is kept.
+        StoreUnavailableError: likewise.
+    """
+    message = orjson.loads(outgoing.body)
+    child, at_ms = message["child"], message["at_ms"]
+    if outgoing.log == CANCEL_LOG:
+        return await _append(store, outgoing, child, lambda found: _cancelled(found, at_ms))
+    if outgoing.log == START_LOG:
+        created = decode_event("execution.created", orjson.dumps(message["created"]))
+        assert isinstance(created, ExecutionCreated), "nothing else is sent"
+        try:
+            start_at_ms = message["start_at_ms"]
+            return (await store.create(child, created, "create", "", start_at_ms)).is_new
+        except BodyTooLargeError as error:
+            message = {"parent": created.parent, "status": "failed", "error": str(error)}
+    outcome = {name: message.get(name) for name in ("status", "data", "error")}
+    return await _append(
+        store, outgoing, message["parent"], lambda parent: ended(parent, child, outcome, at_ms)
+    )
+
+
+def _cancelled(child: Execution, now_ms: int) -> tuple[Event, ...]:
+    try:
+        return cancel(child, "the execution that started it went on without it", now_ms)
+    except AlreadyTerminalError:
+        return ()
+
+
+async def _append(
+    store: ExecutionStore, outgoing: Outgoing, execution_id: str, decide: Decide
+) -> bool:
+    execution = await store.load(execution_id)
+    while execution is not None:
+        events = decide(execution)
+        if not events:
+            return False
+        after = evolve(execution, events[0])
+        match await store.commit(Commit(outgoing.message_id, None, execution, after, events)):
+            case Committed():
+                return True
+            case Conflict(missed=missed, is_ours=False):
+                for stored in missed:
+                    execution = evolve(execution, stored.event)
+            case _:
+                return False
+    return False
