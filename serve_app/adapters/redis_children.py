@@ -4,14 +4,20 @@ Owns how each becomes an execution or an event. Invariant: all three may come tw
 child is created once by its id, an end is appended once, and what has ended is left alone.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 
 import orjson
 
 from serve_app.adapters.event_codec import decode_event
-from serve_app.core.children import CANCEL_LOG, START_LOG, ended
+from serve_app.core.children import CANCEL_LOG, CHILD_LOGS, START_LOG, ended
 from serve_app.core.decisions import cancel
-from serve_app.core.errors import AlreadyTerminalError, BodyTooLargeError
+from serve_app.core.errors import (
+    AlreadyTerminalError,
+    BodyTooLargeError,
+    OverloadedError,
+    StoreUnavailableError,
+)
 from serve_app.core.execution import Event, Execution, ExecutionCreated, evolve
 from serve_app.core.journal import Commit, Committed, Conflict, Outgoing
 from serve_app.ports import ExecutionStore
@@ -42,6 +48,31 @@ async def take_child_message(store: ExecutionStore, outgoing: Outgoing) -> bool:
     return await _append(
         store, outgoing, message["parent"], lambda parent: ended(parent, child, outcome, at_ms)
     )
+
+
+async def send_all(
+    messages: Sequence[Outgoing], send: Callable[[Outgoing], Awaitable[bool]]
+) -> list[bool | BaseException]:
+    """What became of each, in the order given.
+
+    All side by side but those to children, which go one after the other until one fails: a cancel
+    must follow its start.
+    """
+    side_by_side = [one for one in messages if one.log not in CHILD_LOGS]
+    answers = await asyncio.gather(*map(send, side_by_side), return_exceptions=True)
+    outcomes: dict[str, bool | BaseException] = {
+        one.message_id: answer for one, answer in zip(side_by_side, answers, strict=True)
+    }
+    failure: BaseException | None = None
+    for one in messages:
+        if one.log in CHILD_LOGS and failure is None:
+            try:
+                outcomes[one.message_id] = await send(one)
+            except (StoreUnavailableError, OverloadedError) as error:
+                failure = error
+        if failure is not None:
+            outcomes.setdefault(one.message_id, failure)
+    return [outcomes[one.message_id] for one in messages]
 
 
 def _cancelled(child: Execution, now_ms: int) -> tuple[Event, ...]:

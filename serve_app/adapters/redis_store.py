@@ -29,7 +29,7 @@ from serve_app.adapters.payloads import (
     size_of,
 )
 from serve_app.adapters.redis_calls import RedisCalls
-from serve_app.adapters.redis_children import take_child_message
+from serve_app.adapters.redis_children import send_all, take_child_message
 from serve_app.adapters.redis_index import Flat, RedisIndex, fields_of, partition_key
 from serve_app.adapters.redis_usage import booking_args
 from serve_app.adapters.redis_verdicts import entrance, take_verdict
@@ -290,7 +290,7 @@ class RedisStore:
         """
         outbox = f"{partition_key(partition)}:outbox"
         rows = await self._calls.call("XRANGE", outbox, "-", "+", "COUNT", limit)
-        outcomes = await self._sent([_outgoing(members) for _, members in rows])
+        outcomes = await send_all([_outgoing(members) for _, members in rows], self.send)
         failures = [one for one in outcomes if isinstance(one, BaseException)]
         sent = [
             entry_id
@@ -306,24 +306,6 @@ class RedisStore:
         for target in gates - {partition}:
             await self.relay(target, limit)
         return len(rows)
-
-    async def _sent(self, messages: Sequence[Outgoing]) -> list[bool | BaseException]:
-        """What became of each; those to children one after the other: a cancel follows a start."""
-        side_by_side = [one for one in messages if one.log not in CHILD_LOGS]
-        answers = await asyncio.gather(*map(self.send, side_by_side), return_exceptions=True)
-        outcomes: dict[str, bool | BaseException] = {
-            one.message_id: answer for one, answer in zip(side_by_side, answers, strict=True)
-        }
-        failure: BaseException | None = None
-        for one in messages:
-            if one.log in CHILD_LOGS and failure is None:
-                try:
-                    outcomes[one.message_id] = await self.send(one)
-                except (StoreUnavailableError, OverloadedError) as error:
-                    failure = error
-            if failure is not None:
-                outcomes.setdefault(one.message_id, failure)
-        return [outcomes[one.message_id] for one in messages]
 
     async def _relay_now(self, execution_id: str) -> None:
         """Send what an acceptance left in the outbox; if that fails, a worker's heartbeat does."""
