@@ -2,11 +2,22 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from functools import reduce
 
 import pytest
 
 from serve_app.adapters.redis_usage import RedisUsage
+from serve_app.core import journal
 from serve_app.core.errors import StepFailedError
+from serve_app.core.execution import (
+    ExecutionCompleted,
+    ExecutionCreated,
+    ExecutionStarted,
+    StepCompleted,
+    StepRetrying,
+    StepStarted,
+    evolve,
+)
 from serve_app.core.inference import Chunk, FinishReason, GenerationRequest, Grant, Usage
 from serve_app.core.usage import Spending, Waste, day_of
 from tests.integration.conftest import PARTITIONS, StoreBench
@@ -117,3 +128,30 @@ async def test_a_call_is_counted_once_however_often_it_is_sent(bench: StoreBench
     assert await ledger.spent_tokens("other", "k1") == 0
     [name] = await bench.keys("*:use:*")
     assert 0 < await bench.client.pttl(name) <= 60_000
+
+
+async def test_an_end_that_is_committed_twice_is_counted_once(bench: StoreBench) -> None:
+    created = ExecutionCreated(1_000, "w", "chat", 1, {}, key_id="k1")
+    execution_id = journal.execution_id(1, "one")
+    await bench.store.create(execution_id, created, "create", "ingress")
+    [owned] = await bench.store.claim(1, "worker", 1)
+    events = (
+        ExecutionStarted(1_001),
+        StepStarted(1_002, "a", 1),
+        StepRetrying(1_003, "a", 2, 1, 1_003, "lost", Usage(5, 2, 0)),
+        StepStarted(1_004, "a", 2),
+        StepCompleted(1_005, "a", "text", Usage(5, 4, 3)),
+        ExecutionCompleted(1_006, "text"),
+    )
+    after = reduce(evolve, events, owned.execution)
+    commit = journal.Commit("c1", owned.token, owned.execution, after, events)
+    answers = [await bench.store.commit(commit) for _ in range(3)]
+    assert [type(answer) for answer in answers] == [
+        journal.Committed,
+        journal.Conflict,
+        journal.Conflict,
+    ]
+    ledger = RedisUsage(bench.calls, partition_count=PARTITIONS, kept_ms=60_000)
+    [row] = await ledger.rows("w", day_of(1_006), day_of(1_006))
+    assert (row.requests, row.usage, row.wasted) == (1, Usage(10, 6, 3), {"retried": 7})
+    assert await ledger.spent_tokens("w", "k1") == 16
