@@ -23,6 +23,7 @@ from serve_app.ports import Clock
 
 PUBLISH_S = 5.0
 FRESH_MS = 30_000
+STORE_WAIT_S = 2.0  # calls to the store are repeated for longer than a scraper waits
 _PAGES = f"{CONFIG_KEY}:metrics"
 
 
@@ -55,9 +56,10 @@ class RedisMetrics:
         """See `ports.MetricsPage`."""
         pages = {self._process: own_page()}
         try:
-            pages |= await self._others()
-            depth = await self._ready_depth()
-        except ServeAppError:
+            async with asyncio.timeout(STORE_WAIT_S):
+                pages |= await self._others()
+                depth = await self._ready_depth()
+        except (ServeAppError, TimeoutError):
             return generate_latest(_Pages(pages, None))
         return generate_latest(_Pages(pages, depth))
 

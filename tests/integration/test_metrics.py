@@ -1,5 +1,6 @@
 """/metrics: counters move, labels stay bounded, all processes are on the page."""
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,9 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
+from serve_app.adapters import redis_metrics
 from serve_app.adapters.metrics import EngineMetrics
+from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.core.inference import FinishReason, Measured, Usage
 from tests.support.api import ADMIN_KEY, Api, running_api
 
@@ -82,6 +85,20 @@ async def test_what_other_processes_published_is_on_the_page_while_it_is_fresh(
         assert "model-gone" not in page
         assert page.count("# TYPE vllm:num_requests_running") == 1
         assert await client.hexists("ip:{config}:metrics", "model-gone") is False
+
+
+async def test_a_store_that_is_away_is_told_in_time(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(redis_metrics, "STORE_WAIT_S", 0.05)
+    monkeypatch.setattr(RedisCalls, "_call", hang)
+    page = (await api.http.get("/metrics")).text
+    assert "inferpipe_store_up 0.0" in page
+    assert "inferpipe_http_requests_total" in page
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
