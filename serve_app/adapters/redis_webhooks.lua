@@ -9,6 +9,7 @@ local ENDPOINTS_MAX = 64             -- endpoints looked at in one claim; the re
 local DISPATCHERS_MAX = 8            -- dead ones reaped in one claim
 local ATTEMPTS_KEPT = 50             -- of one delivery's log, over all replays
 local WINDOW_FIRST = 2               -- deliveries at once to an endpoint that nobody knows yet
+local WINDOW_FALL = 2                -- for a failure; a success adds 1: it grows while one in three fails
 local SPAN_MS = 259200000            -- a delivery's tries and pauses are over within three days
 local NUMBER = '#'                   -- field of p:do: the dispatcher's last claim; no delivery's id
 local SCAN_MAX = 2000                -- entries looked at for one page of a filtered list
@@ -201,7 +202,7 @@ local function record(keys, args)
   elseif args[8] == 'bad' then
     redis.call('HINCRBY', health, 'fails', 1)
     redis.call('HSETNX', health, 'since', text(now))
-    redis.call('HSET', health, 'win', math.max(1, math.floor(window / 2)))
+    redis.call('HSET', health, 'win', math.max(1, window - WINDOW_FALL))
   end
   local at = plan(p, wh)
   local seen = redis.call('HMGET', health, 'fails', 'since')

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 JITTER_SHARE = 0.2  # ±20 %: deliveries that failed together do not come back together
 RETRY_AFTER_MAX_MS = 12 * 3600 * 1000  # the longest planned delay; a receiver cannot ask for more
-HEALTHY_FAILURES = 4  # in a row; more, and the endpoint is paused
+HEALTHY_FAILURES = 9  # in a row; more, and it is paused: no bad luck of one that fails at times
 PAUSE_FIRST_MS = 5_000
 PAUSE_MAX_MS = 300_000
 _DOUBLINGS_MAX = 20
