@@ -14,6 +14,9 @@ JsonValue: TypeAlias = (
 )
 
 
+SESSION_KEY_MAX = 128  # characters; callers make up names of any length
+
+
 class FinishReason(StrEnum):
     """Why a generation ended."""
 
@@ -108,6 +111,11 @@ class GenerationRequest:
     resume_ids: tuple[int, ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
     engine_options: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    @property
+    def session_key(self) -> str:
+        """What the routers know the session by: the tenant's own, and bounded; empty: none."""
+        return f"{self.tenant}/{self.session}"[:SESSION_KEY_MAX] if self.session else ""
 
 
 TokenScore: TypeAlias = "tuple[int, float, int | None, str | None]"  # id, log prob., rank, text
@@ -237,7 +245,8 @@ class AdmitRequest:
         excluded: replicas where this request was lost.
         prompt_tokens: the prompt's part of `token_count`, as estimated by the caller.
         prefix: `core.prefix.prefix_of` the prompt.
-        tenant, session, priority, deadline_ms: as in `GenerationRequest`.
+        tenant, priority, deadline_ms: as in `GenerationRequest`.
+        session: its `session_key`.
         is_resumed: the rest of an answer that has begun: it goes before all that has not.
     """
 

@@ -191,7 +191,7 @@ def admit_request(
         prompt_tokens=prompt_tokens,
         prefix=prefix_of(request),
         tenant=request.tenant,
-        session=request.session,
+        session=request.session_key,
         priority=request.priority,
         deadline_ms=request.deadline_ms,
         placement=placement,

@@ -140,7 +140,7 @@ class MeteredEngine:
         self._begun.append(
             Begun(
                 run.request.request_id,
-                run.request.session,
+                run.request.session_key,
                 self._untold(prefix_of(run.request)),
                 prompt_tokens,
                 cached_tokens,

@@ -1,7 +1,14 @@
 """What a replica measures and tells: waiting prompts, pace, news once, waste."""
 
 from serve_app.core.errors import ConnectionFailedError
-from serve_app.core.inference import Chunk, FinishReason, GenerationRequest, Message, Usage
+from serve_app.core.inference import (
+    SESSION_KEY_MAX,
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    Usage,
+)
 from serve_app.services.metering import NEWS_MAX, MeteredEngine
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.virtual_time import VirtualClock, virtual_time
@@ -30,7 +37,7 @@ async def test_a_prompt_waits_until_its_first_token() -> None:
     load = meter.load()
     assert (load.prefill_tokens, load.region, load.stake) == (0, "eu", "1.5")
     [begun] = meter.take_news().begun
-    assert (begun.request_id, begun.session, len(begun.prefix)) == ("r1", "s1", 1)
+    assert (begun.request_id, begun.session, len(begun.prefix)) == ("r1", "acme/s1", 1)
     assert len(seen) == 1
 
 
@@ -118,3 +125,11 @@ async def test_usage_is_the_engines_own() -> None:
     news = meter.take_news()
     assert (news.begun[0].prompt_tokens, news.begun[0].cached_tokens) == (90, 64)
     assert (news.ended[0].prompt_tokens, news.ended[0].completion_tokens) == (90, 1)
+
+
+def test_sessions_of_two_tenants_are_two_and_names_are_bounded() -> None:
+    mine = a_request()
+    assert mine.session_key == "acme/s1"
+    assert GenerationRequest("r", (), session="s1", tenant="other").session_key == "other/s1"
+    assert GenerationRequest("r", (), tenant="acme").session_key == ""
+    assert len(GenerationRequest("r", (), session="x" * 10_000).session_key) == SESSION_KEY_MAX
