@@ -62,7 +62,7 @@ class Answer:
 
     request: GenerationRequest
     token_ids: list[int] = field(default_factory=list)
-    text: str = ""
+    text_length: int = 0  # characters
     usage: Usage = NO_USAGE
     attempt_count: int = 0
     _is_resumed: bool = False
@@ -83,7 +83,7 @@ class Answer:
         self._is_resumed = True
         is_replayable = not self._has_diverged and _is_deterministic(self.request)
         if is_replayable and not self._is_continued_exactly():
-            self._replay = _Replay(tuple(self.token_ids), len(self.text))
+            self._replay = _Replay(tuple(self.token_ids), self.text_length)
             return self._named()
         if not _REASONING.isdisjoint(self.request.engine_options) and _has_grammar(self.request):
             # Where in the thought the grammar begins is not known here; a guess breaks the JSON.
@@ -117,7 +117,7 @@ class Answer:
                 return None
             chunk = fresh
         self.token_ids += chunk.token_ids
-        self.text += chunk.text
+        self.text_length += len(chunk.text)
         self._bill(chunk.usage)
         return replace(chunk, usage=self.usage, resumed=self._mark())
 

@@ -81,7 +81,9 @@ def test_no_token_and_no_character_twice_or_missing(
     count: int, request_: GenerationRequest, *, is_merged: bool
 ) -> None:
     answer = begun(request_, count)
-    known_ids, known_text = list(answer.token_ids), answer.text
+    known_ids = list(answer.token_ids)
+    assert answer.text_length == len("".join(TEXTS[: len(known_ids)]))
+    known_text = "".join(TEXTS[: len(known_ids)])
     asked = answer.next_request()
     assert asked.resume_ids == (tuple(known_ids) if request_ is PLAIN else ())
     chunks = chunks_of(asked)
@@ -160,7 +162,7 @@ def test_a_guided_thought_that_cannot_be_replayed_is_given_up() -> None:
 
 def test_an_answer_at_its_limit_is_complete_unless_text_may_be_held() -> None:
     for request, is_complete in ((PLAIN, True), (replace(PLAIN, stop=("x",)), False)):
-        answer = Answer(request, token_ids=list(range(6)), text="All is well.")
+        answer = Answer(request, token_ids=list(range(6)), text_length=12)
         assert answer.is_complete is is_complete
     end = Answer(PLAIN, token_ids=list(range(6))).end()
     assert end.finish_reason is FinishReason.LENGTH
