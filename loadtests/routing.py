@@ -89,12 +89,7 @@ class Engine:
         decoding = sum(job.left == 0 for job in self.running)
         while self.waiting and len(self.running) < SEQUENCES_MAX:
             job = self.waiting.popleft()
-            hit = 0
-            for block in job.blocks:
-                if block not in self.cache:
-                    break
-                hit += 1
-            job.cached = min(hit * BLOCK_TOKENS, job.prompt_tokens - 1)
+            job.cached = self.cached_tokens(job)
             job.left = job.prompt_tokens - job.cached
             self.running.append(job)
         prefill = 0
@@ -106,6 +101,15 @@ class Engine:
                 prefill += part
         self.step_count += 1
         return STEP_MS + prefill * PREFILL_TOKEN_MS + decoding * DECODE_TOKEN_MS
+
+    def cached_tokens(self, job: Job) -> int:
+        """Of a job's prompt, what is cached now."""
+        hit = 0
+        for block in job.blocks:
+            if block not in self.cache:
+                break
+            hit += 1
+        return min(hit * BLOCK_TOKENS, job.prompt_tokens - 1)
 
     def finish(self, now_ms: float) -> list[Job]:
         """End a step: a token for each whose prompt is done; those that have ended."""
@@ -137,8 +141,8 @@ class Engine:
     def report(self, now_ms: float) -> ReplicaReport:
         """What the replica says of itself."""
         open_jobs = [*self.waiting, *self.running]
-        unborn = [job for job in open_jobs if not job.made]
-        prefill = sum(job.left or job.prompt_tokens for job in unborn)
+        prefill = sum(job.left for job in self.running)
+        prefill += sum(job.prompt_tokens - self.cached_tokens(job) for job in self.waiting)
         queued = prefill + sum(job.answer_tokens - job.made for job in open_jobs)
         load = ReplicaLoad(
             self.name,

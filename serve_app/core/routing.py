@@ -33,6 +33,7 @@ INDEX_BLOCKS_MAX = 65_536  # per replica that does not say how much its cache ho
 PREFILL_MS = 0.5  # per token, until a replica has measured its own
 STEP_MS = 10.0
 DECODE_WEIGHT = 0.2  # a token to decode shares its step with all others: cheaper than its prefill
+RECOMPUTE_WEIGHT = 1.0  # what is computed twice delays the others too, not only its own request
 BOUND = 1.5  # affinity ends where a replica's score is over so many times the mean …
 BOUND_SLACK_MS = 200.0  # … and so much more: with little to do nobody is overloaded
 EQUAL_MS = 2.0  # scores closer than this, or than a twentieth, are equal
@@ -231,12 +232,13 @@ class Fleet:
         most = max(0, request.prompt_tokens - 1)
         overlap = min(expected * BLOCK_TOKENS, most)
         pace = load.prefill_ms or PREFILL_MS
-        waiting = load.prefill_tokens + known.prefill_tokens + request.prompt_tokens - overlap
-        ttft_ms = waiting * pace + (load.step_ms or STEP_MS)
+        own = request.prompt_tokens - overlap
+        waiting = load.prefill_tokens + known.prefill_tokens
+        ttft_ms = (waiting + own) * pace + (load.step_ms or STEP_MS)
         pending = max(0, load.queued_tokens - load.prefill_tokens) + known.decode_tokens
         candidate = Candidate(
             load.replica_id,
-            score_ms=ttft_ms + pending * pace * DECODE_WEIGHT,
+            score_ms=ttft_ms + (own * RECOMPUTE_WEIGHT + pending * DECODE_WEIGHT) * pace,
             ttft_ms=ttft_ms,
             overlap_tokens=overlap,
             held_tokens=min(held * BLOCK_TOKENS, most),

@@ -21,11 +21,12 @@ from serve_app.core.inference import (
     ReplicaNews,
     Usage,
 )
-from serve_app.core.prefix import prefix_of, prompt_tokens_guess
+from serve_app.core.prefix import BLOCK_TOKENS, PrefixIndex, prefix_of, prompt_tokens_guess
 from serve_app.ports import Clock, InferenceEngine
 
 NEWS_MAX = 2_048  # of each kind between two reports
 TOLD_BLOCKS_MAX = 16_384  # prefix blocks not told again while they are among the last so many
+HELD_BLOCKS_MAX = 65_536  # prefix blocks taken as cached, for what waiting prompts will cost
 SMOOTHING = 0.1  # of a new measurement in a running mean
 PACE_TOKENS_MIN = 32  # shorter prompts say more about a step than about the pace
 
@@ -63,6 +64,7 @@ class MeteredEngine:
         self._arrived: deque[str] = deque(maxlen=NEWS_MAX)
         self._begun: deque[Begun] = deque(maxlen=NEWS_MAX)
         self._ended: deque[Ended] = deque(maxlen=NEWS_MAX)
+        self._held = PrefixIndex(HELD_BLOCKS_MAX)
         self._told: OrderedDict[int, None] = OrderedDict()
         self._prefill_ms = 0.0
         self._step_ms = 0.0
@@ -78,8 +80,10 @@ class MeteredEngine:
     def submit(self, request: GenerationRequest, emit: Emit) -> None:
         """See `ports.InferenceEngine`."""
         run = _Run(self, request, emit, self._waiting_tokens, self._clock.monotonic_s())
-        self._waiting[request.request_id] = run.prompt_tokens
-        self._waiting_tokens += run.prompt_tokens
+        known, _ = self._held.overlap(run.prefix)
+        to_compute = max(1, run.prompt_tokens - known * BLOCK_TOKENS)
+        self._waiting[request.request_id] = to_compute
+        self._waiting_tokens += to_compute
         self._arrived.append(request.request_id)
         self._open_count += 1
         try:
@@ -137,11 +141,13 @@ class MeteredEngine:
             self._prefill_ms = _smooth(
                 self._prefill_ms, max(0.0, ttft_ms - self._step_ms) / computed
             )
+        self._held.learn(self._held.overlap(run.prefix)[1] * BLOCK_TOKENS, cached_tokens)
+        self._held.hold(run.prefix)
         self._begun.append(
             Begun(
                 run.request.request_id,
                 run.request.session_key,
-                self._untold(prefix_of(run.request)),
+                self._untold(run.prefix),
                 prompt_tokens,
                 cached_tokens,
                 round(ttft_ms, 2),
@@ -200,6 +206,7 @@ class _Run:
         "_meter",
         "ahead_tokens",
         "began_at_s",
+        "prefix",
         "prompt_tokens",
         "request",
         "started_at_s",
@@ -216,6 +223,7 @@ class _Run:
     ) -> None:
         self.request = request
         self.prompt_tokens = prompt_tokens_guess(request)
+        self.prefix = prefix_of(request)
         self.ahead_tokens = ahead_tokens
         self.started_at_s = started_at_s
         self.began_at_s = 0.0

@@ -9,6 +9,7 @@ from serve_app.core.inference import (
     Message,
     Usage,
 )
+from serve_app.core.prefix import BLOCK_TOKENS
 from serve_app.services.metering import NEWS_MAX, MeteredEngine
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.virtual_time import VirtualClock, virtual_time
@@ -72,6 +73,18 @@ async def test_each_piece_of_news_is_told_once_and_blocks_only_while_new() -> No
     engine.step()
     engine.step()
     assert [one.tenant for one in meter.take_news().ended] == ["acme", "acme"]
+
+
+@virtual_time
+async def test_what_is_cached_does_not_wait_to_be_computed() -> None:
+    engine = ScriptedEngine(is_manual=True)
+    meter = a_meter(engine)
+    meter.submit(a_request("r1"), lambda _: None)
+    engine.step()
+    meter.submit(a_request("r2"), lambda _: None)
+    assert meter.load().prefill_tokens == 101 - BLOCK_TOKENS
+    engine.step()
+    assert meter.load().prefill_tokens == 0
 
 
 @virtual_time
