@@ -220,10 +220,6 @@ class Fleet:
         if known is not None:
             known.index.learn(chosen.held_tokens, cached_tokens)
 
-    def live(self, now_ms: int) -> tuple[ReplicaReport, ...]:
-        """Reports that are young enough to be believed."""
-        return tuple(r for r in self.reports.values() if now_ms - r.at_ms < REPORT_TTL_MS)
-
     def _candidate(self, report: ReplicaReport, request: AdmitRequest, now_ms: int) -> Candidate:
         load = report.load
         known = self._replica(load)
@@ -367,11 +363,6 @@ def decimal_of(text: str) -> Decimal:
     except InvalidOperation:
         return Decimal(0)
     return value if value.is_finite() else Decimal(0)
-
-
-def waiting_ms(load: ReplicaLoad) -> float:
-    """What a short prompt would wait at a replica for its first token, by the replica's report."""
-    return load.prefill_tokens * (load.prefill_ms or PREFILL_MS) + (load.step_ms or STEP_MS)
 
 
 def _serves(load: ReplicaLoad, model: str) -> bool:
