@@ -5,7 +5,10 @@ name in capitals, or a key of the YAML file that `INFERPIPE_CONFIG` names. Invar
 in the service reads the environment.
 """
 
+import difflib
+import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +18,16 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from serve_app.core.egress import parse_networks
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
+_PREFIX = "INFERPIPE_"
+# In the same environment, but the installer's, the SDK's and the command's.
+_FOREIGN = frozenset(
+    {"CONFIG", "TORCH_INDEX", "ENGINE", "BASE_URL", "ENVIRONMENT", "TIMEOUT_S", "RETRIES"}
+)
+_PROFILED = ("_API_KEY", "_BASE_URL", "_WORKSPACE_ID", "_TIMEOUT_S", "_RETRIES")
+_NEAR = 0.8  # of difflib: one or two letters off
 KEY_LENGTH_MIN = 16
 KEY_LENGTH_MAX = 128
 
@@ -24,7 +36,7 @@ class Settings(BaseSettings):
     """What an operator can set; the defaults make a laptop's quick start."""
 
     model_config = SettingsConfigDict(
-        env_prefix="INFERPIPE_",
+        env_prefix=_PREFIX,
         frozen=True,
         extra="forbid",
         hide_input_in_errors=True,  # a key that is refused must not stand in a log
@@ -337,8 +349,10 @@ def read_settings(**given: object) -> Settings:
     """The settings of this process: what is given first, then the environment, then the file.
 
     Raises:
-        ValueError: a value out of bounds, or an unknown key in the file.
+        ValueError: a value out of bounds, an unknown key in the file, or a variable whose name is
+            nearly that of a setting.
     """
+    _check_names(os.environ)
     path = os.environ.get("INFERPIPE_CONFIG")
     if not path:
         return Settings(**given)  # type: ignore[arg-type]
@@ -348,3 +362,16 @@ def read_settings(**given: object) -> Settings:
     from_env = {name for name in Settings.model_fields if f"INFERPIPE_{name.upper()}" in os.environ}
     from_file = {name: value for name, value in document.items() if name not in from_env}
     return Settings(**{**from_file, **given})
+
+
+def _check_names(environment: Iterable[str]) -> None:
+    """Let no misspelt setting pass in silence: it may be the one that keeps others out."""
+    known = [name.upper() for name in Settings.model_fields]
+    for variable in sorted(environment):
+        name = variable.removeprefix(_PREFIX)
+        if name == variable or name in known or name in _FOREIGN or name.endswith(_PROFILED):
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
+        if near:
+            raise ValueError(f"{variable} is no setting; did you mean {_PREFIX}{near[0]}?")
+        logger.warning("%s is no setting and has no effect; see docs/settings.md", variable)

@@ -139,3 +139,37 @@ def test_settings_cannot_be_changed() -> None:
 def test_a_log_path_is_one_file_per_deployment() -> None:
     assert Settings().log_path("router") is None
     assert Settings(log_dir="logs").log_path("router") == Path("logs/router.log")
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("INFERPIPE_REDIS_PASSWROD", "INFERPIPE_REDIS_PASSWORD"),
+        ("INFERPIPE_APIKEY", "INFERPIPE_API_KEY"),
+        ("INFERPIPE_RETENTION", "INFERPIPE_RETENTION_S"),
+    ],
+)
+def test_a_misspelt_setting_is_refused_by_the_one_meant(
+    monkeypatch: pytest.MonkeyPatch, variable: str, meant: str
+) -> None:
+    monkeypatch.setenv(variable, "secret-value")
+    with pytest.raises(ValueError, match=f"did you mean {meant}") as caught:
+        read_settings()
+    assert "secret-value" not in str(caught.value)
+
+
+def test_an_unknown_name_that_is_near_none_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("INFERPIPE_FLUX_CAPACITOR", "1.21")
+    read_settings()
+    assert "INFERPIPE_FLUX_CAPACITOR is no setting" in caplog.text
+
+
+def test_what_belongs_to_the_sdk_and_the_installer_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("BASE_URL", "ENVIRONMENT", "STAGING_API_KEY", "STAGING_TIMEOUT_S", "TORCH_INDEX"):
+        monkeypatch.setenv(f"INFERPIPE_{name}", "x")
+    read_settings()
+    assert caplog.text == ""
