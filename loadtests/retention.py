@@ -127,7 +127,7 @@ class Bench:
         for one in random.sample(self.ids, LOOKS):
             for kind, name in (("s", "snapshot"), ("j", "journal"), ("b", "payloads")):
                 key = f"ip:{{{int(one[4:6], 16)}}}:{kind}:{one}"
-                parts[name] += (await self.client.memory_usage(key) or 0) / LOOKS
+                parts[name] += (await self.client.memory_usage(key, samples=0) or 0) / LOOKS
         for pattern, name in (("ip:*:ix:*", "indexes"), ("ip:*:ends", "expiry index")):
             async for key in self.client.scan_iter(pattern, count=1000):
                 parts[name] += await self.client.memory_usage(key, samples=0) / count
