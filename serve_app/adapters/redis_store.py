@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 DAY_MS = 24 * 3600 * 1000
 # Logs that are more than a list: what applies a message there, by the word before the colon.
 APPLIED_BY = MappingProxyType({"webhook": "ip1_webhook_accept", GATE_LOG: "ip1_gate"})
+GATE_HOPS_MAX = 3  # gates asked in a row by one relay: a route has two, and its execution one more
 RELAY_NOW_MAX = 64  # messages sent by an acceptance; more are a worker's work
 
 
@@ -281,8 +282,8 @@ class RedisStore:
         function = APPLIED_BY.get(outgoing.log.partition(":")[0], "ip1_apply")
         return bool(await self._calls.fcall(function, key, *args))
 
-    async def relay(self, partition: int, limit: int) -> int:
-        """See `ports.WorkerStore`.
+    async def relay(self, partition: int, limit: int, answers_hops: int = GATE_HOPS_MAX) -> int:
+        """See `ports.WorkerStore`; the answers of gates are relayed with what asked for them.
 
         Applied first, dropped after: a crash between the two sends it again, and the target
         drops the copy by its message id. The sends of one call travel in one batch, in order; one
@@ -303,8 +304,8 @@ class RedisStore:
             raise failures[0]
         # A gate answers through its own outbox, and somebody waits for it now.
         gates = {_outgoing(m).target_partition for _, m in rows if _outgoing(m).log == GATE_LOG}
-        for target in gates - {partition}:
-            await self.relay(target, limit)
+        for target in gates - {partition} if answers_hops else ():
+            await self.relay(target, limit, answers_hops - 1)
         return len(rows)
 
     async def _relay_now(self, execution_id: str) -> None:
