@@ -126,6 +126,8 @@ class LocalCluster:
             "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            # To the discard port: its lines hold whole URLs, and a stream token may stand in one.
+            "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:9",
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
