@@ -94,4 +94,5 @@ def _message(
     if partition is None:
         raise AlreadyTerminalError(f"{target_id} is no execution of this cluster")
     encoded = json.dumps({"child": a_child_id, **body}, separators=(",", ":")).encode()
-    return Outgoing(f"{a_child_id}/{log}", partition, log, encoded)
+    # Also the id of the commit it becomes, of which a journal keeps what follows the last slash.
+    return Outgoing(f"{log}.{a_child_id}", partition, log, encoded)
