@@ -262,7 +262,7 @@ async def test_a_session_over_http_and_socket(stage: Stage) -> None:
         [("assistant", "4 messages")],
     ]
     asked = stage.router.admitted[-1]
-    assert (asked.session, asked.tenant) == (session_id, "default")
+    assert (asked.session, asked.tenant) == (f"default/{session_id}", "default")
     assert (await http.delete(f"/v1/sessions/{session_id}")).status_code == 204
     for answer in (
         await http.get(f"/v1/sessions/{session_id}"),
