@@ -18,6 +18,9 @@ from serve_app.services.children import Children
 from serve_app.services.flow import Flow, FlowLimits
 from serve_app.settings import Settings
 
+# Shipped under a second name too, because both are in use.
+ALIASES = {"document-analysis": ("document-processing",)}
+
 
 def catalog_of(calls: RedisCalls, step_types: Mapping[str, StepType], clock: Clock) -> RedisCatalog:
     """The catalog with our expression language, schemas and step types behind its checks."""
@@ -70,3 +73,5 @@ async def publish_definitions(catalog: WorkflowCatalog, settings: Settings) -> N
                     await catalog.define(workspace, document)
                 except InvalidWorkflowError as error:
                     raise InvalidWorkflowError(f"{file.name}: {error}", error.problems) from error
+                for alias in ALIASES.get(document["id"], ()) if workspace == SHIPPED else ():
+                    await catalog.define(workspace, {**document, "id": alias})
