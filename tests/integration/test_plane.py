@@ -10,7 +10,7 @@ from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.system import SystemClock
 from serve_app.core.inference import Begun, Ended, ReplicaLoad, ReplicaNews
 from serve_app.core.routing import ReplicaReport
-from tests.integration.conftest import StoreBench
+from tests.integration.conftest import ONE_SERVER, StoreBench
 from tests.support.api import Api
 
 NEWS = ReplicaNews(
@@ -22,7 +22,7 @@ NEWS = ReplicaNews(
 
 async def test_a_report_comes_as_it_was_sent(bench: StoreBench) -> None:
     clock = SystemClock()
-    registry = RedisReplicas(bench.client, bench.calls, clock)
+    registry = RedisReplicas(bench.nodes, bench.calls, clock)
     load = ReplicaLoad("host-1", ("m",), "127.0.0.1", 1, prefill_ms=0.5, region="eu", stake="1.5")
     report = ReplicaReport(load, "ready", "", clock.now_ms(), NEWS)
     async with registry.reports() as reports:
@@ -33,7 +33,7 @@ async def test_a_report_comes_as_it_was_sent(bench: StoreBench) -> None:
 
 
 async def test_a_newer_releases_report_is_read_as_far_as_it_is_known(bench: StoreBench) -> None:
-    registry = RedisReplicas(bench.client, bench.calls, SystemClock())
+    registry = RedisReplicas(bench.nodes, bench.calls, SystemClock())
     newer = (
         b'{"load": {"replica_id": "h", "models": ["m"], "host": "", "port": 1, "mood": 5},'
         b' "phase": "ready", "detail": "", "at_ms": 9999999999999, "weather": "fine",'
@@ -68,9 +68,10 @@ async def test_decisions_are_the_operators_alone(api: Api) -> None:
     assert (await api.http.get("/v1/hosts/decisions", headers=headers)).status_code == 403
 
 
+@ONE_SERVER
 async def test_reports_outlive_a_store_that_went_away(bench: StoreBench) -> None:
     clock = SystemClock()
-    registry = RedisReplicas(bench.client, bench.calls, clock)
+    registry = RedisReplicas(bench.nodes, bench.calls, clock)
     report = ReplicaReport(ReplicaLoad("h", ("m",), "", 1), "ready", "", clock.now_ms())
     async with registry.reports() as reports, Redis.from_url(bench.url) as killer:
         await killer.execute_command("CLIENT", "KILL", "TYPE", "pubsub")

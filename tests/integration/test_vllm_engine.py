@@ -444,7 +444,7 @@ async def test_load_and_health_follow_the_steps(engine: VllmEngine) -> None:
     await complete(engine, request("steps"))
     load = engine.load()
     assert load.step_count - before >= 20
-    assert load.models == ("tiny",)
+    assert load.models == ("tiny", "alias")
     assert load.context_max == CONTEXT
     await engine.check_health()
 
