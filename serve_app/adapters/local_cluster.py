@@ -73,7 +73,10 @@ class LocalCluster:
             raise ClusterFailedError(f"Ray does not start: {error}") from error
 
     def status(self) -> str:
-        """The application's status in a word.
+        """The application's status in a word, or why it is not well.
+
+        A replica that missed its health checks is replaced, which on a busy machine is no reason
+        to give up: the caller waits as long as it waits for a start.
 
         Raises:
             ClusterFailedError: the deployment failed.
@@ -81,12 +84,13 @@ class LocalCluster:
         application = serve.status().applications.get(APP_NAME)
         if application is None:
             return "application: deploying"
-        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            details = [application.message]
-            details += [d.message for d in application.deployments.values() if d.message]
+        details = [application.message]
+        details += [d.message for d in application.deployments.values() if d.message]
+        if application.status == "DEPLOY_FAILED":
             raise ClusterFailedError("\n".join(details))
         self.is_ready = application.status == "RUNNING"
-        return f"application: {application.status.lower()}"
+        said = f" ({' '.join(details)})" if application.status == "UNHEALTHY" else ""
+        return f"application: {application.status.lower()}{said}"
 
     def stop(self) -> None:
         """End everything that `start` began, by force after a while."""
