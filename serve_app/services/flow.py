@@ -61,7 +61,7 @@ class Flow:
             RateLimitExceededError: a limit of the workflow is reached.
             InvalidInputError: a key's expression has no value for this input.
         """
-        cache, slot = self._cache(created, flow), self._slot(created, flow)
+        cache, slot = self._cache(created, flow), self._slot(created, flow, may_wait=may_wait)
         gates = tuple(gate for gate in (cache, slot) if gate is not None)
         is_shared = False
         if cache is not None:
@@ -71,16 +71,14 @@ class Flow:
         start_at_ms = 0
         if not is_shared:
             if slot is not None:
-                await self._check_slot(slot, flow, may_wait=may_wait)
+                await self._check_slot(slot)
             start_at_ms = await self._take_rate(created, flow, may_wait=may_wait)
         return Admitted(replace(created, gates=gates), start_at_ms)
 
-    async def _check_slot(self, slot: Gate, flow: FlowControl, *, may_wait: bool) -> None:
-        assert flow.concurrency is not None, "a slot is of a concurrency limit"
+    async def _check_slot(self, slot: Gate) -> None:
         places = await self._store.places(slot)
-        may_wait = may_wait and not flow.concurrency.is_rejecting
         is_full = places.inside_count >= slot.limit
-        if is_full and (not may_wait or places.waiting_count >= slot.waiting_max):
+        if is_full and places.waiting_count >= slot.waiting_max:
             standing = Standing(
                 is_allowed=False,
                 kind="requests",
@@ -123,12 +121,15 @@ class Flow:
         name = gate_name(created.workspace, created.workflow_id, "cache", version, given)
         return Gate(name, 1, self._limits.waiting_max, flow.cache_ttl_ms)
 
-    def _slot(self, created: ExecutionCreated, flow: FlowControl) -> Gate | None:
+    def _slot(self, created: ExecutionCreated, flow: FlowControl, *, may_wait: bool) -> Gate | None:
         if flow.concurrency is None:
             return None
         key = self._key(flow.concurrency.key, created, "concurrency")
         name = gate_name(created.workspace, created.workflow_id, "slot", key)
-        return Gate(name, flow.concurrency.limit, self._limits.waiting_max)
+        # Looking and entering are two calls: who came between them is refused by the gate itself.
+        has_line = may_wait and not flow.concurrency.is_rejecting
+        waiting_max = self._limits.waiting_max if has_line else 0
+        return Gate(name, flow.concurrency.limit, waiting_max)
 
     def _key(self, expression: str | None, created: ExecutionCreated, setting: str) -> str:
         if expression is None:

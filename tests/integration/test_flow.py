@@ -159,6 +159,21 @@ async def test_rejecting_limits_queue_nobody(stage: Stage) -> None:
     await stage.holder.release()
 
 
+async def test_of_two_in_the_same_moment_one_is_refused(stage: Stage) -> None:
+    calls = (stage.start("single", mode=mode) for mode in ("sync", "async", "sync"))
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    accepted = [one for one in answers if isinstance(one, Started)]
+    refused = [one for one in answers if isinstance(one, RateLimitExceededError)]
+    assert len(accepted) + len(refused) == 3
+    await stage.holder.until_inside(1)
+    for one in accepted:
+        if one.execution.id not in stage.holder.inside:  # ends while the place is still taken
+            ended = await stage.end(one)
+            assert (ended.status, ended.error_code) == (Status.FAILED, "RATE_LIMIT_EXCEEDED")
+    await stage.holder.release()
+    assert stage.holder.run_count == 1
+
+
 async def test_keys_have_limits_of_their_own(stage: Stage) -> None:
     users = ("ann", "ben", "ann", "ben", "ann")
     started = [await stage.start("each", {"user": user}) for user in users]
