@@ -9,6 +9,7 @@ from ray import serve
 
 from deployments.addresses import own_address
 from deployments.background import Background
+from serve_app.adapters.engine_slot import EngineSlot
 from serve_app.adapters.metrics import EngineMetrics
 from serve_app.adapters.redis_connect import connect, metrics_of, redis_options
 from serve_app.adapters.redis_replicas import RedisReplicas, announce_start
@@ -16,12 +17,13 @@ from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link_server import TokenLinkServer
 from serve_app.adapters.telemetry import configure_logging
 from serve_app.adapters.vllm_engine import EngineSettings, VllmEngine
+from serve_app.core.cores import cores_of
 from serve_app.core.errors import StoreUnavailableError
 from serve_app.core.inference import ReplicaLoad
 from serve_app.core.routing import REPORT_TTL_MS, ReplicaReport
 from serve_app.services.canary import sing
 from serve_app.services.metering import MeteredEngine
-from serve_app.settings import Settings
+from serve_app.settings import LOOPBACK_HOSTS, Settings
 
 REPORTS_PER_S = 20  # at the most, where there is news; two without
 LAST_LINES = 15
@@ -52,7 +54,11 @@ class ModelReplica:
         _redirect_output(log_path)
         try:
             measures = EngineMetrics(settings.model_name)
-            engine = VllmEngine.start(_engine_settings(settings), self._clock, measures.step_ended)
+            self._slot = EngineSlot()
+            cores = _cores(settings, self._slot.index)
+            logger.info("engine starts", extra={"slot": self._slot.index, "cores": cores})
+            engine_settings = _engine_settings(settings, cores)
+            engine = VllmEngine.start(engine_settings, self._clock, measures.step_ended)
             announce_start(store, self._report("starting", "making the first tokens"))
             await sing(engine)
         except Exception as error:
@@ -137,9 +143,22 @@ class ModelReplica:
         await self._engine.stop()
         await self._registry.withdraw(self._replica_id)
         await self._stores.close()
+        self._slot.close()
 
 
-def _engine_settings(settings: Settings) -> EngineSettings:
+def _cores(settings: Settings, engine_index: int) -> tuple[int, ...]:
+    """The cores of this machine's `engine_index`-th engine.
+
+    Where the links are bound to loopback all engines are on this machine; elsewhere one on a node
+    is the rule, and the operator who has more sets `engine_threads`.
+    """
+    is_one_machine = settings.link_host in LOOPBACK_HOSTS
+    engine_count = settings.model_replicas if is_one_machine else 1
+    cores = sorted(os.sched_getaffinity(0))
+    return cores_of(cores, engine_index, engine_count, settings.engine_threads)
+
+
+def _engine_settings(settings: Settings, cores: tuple[int, ...]) -> EngineSettings:
     return EngineSettings(
         model_path=settings.model,
         served_names=settings.model_names,
@@ -147,6 +166,7 @@ def _engine_settings(settings: Settings) -> EngineSettings:
         context_max=settings.context_max,
         kv_cache_gib=settings.kv_cache_gib,
         enforce_eager=settings.engine_eager,
+        cpu_cores=cores,
         dtype=settings.dtype,
         device=settings.device,
         gpu_memory_utilization=settings.gpu_memory_utilization,

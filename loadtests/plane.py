@@ -237,9 +237,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = make_tiny_model(Path(folder) / "tiny", context_max=CONTEXT)
         settings = [
-            EngineSettings(
-                str(path), "scripted", kv_cache_gib=KV_GIB, cpu_threads=1, cpu_first=index
-            )
+            EngineSettings(str(path), ("scripted",), kv_cache_gib=KV_GIB, cpu_cores=(index,))
             for index in range(2)
         ]
         engines = [VllmEngine.start(one, SystemClock()) for one in settings]

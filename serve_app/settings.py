@@ -256,6 +256,12 @@ class Settings(BaseSettings):
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of a CPU engine.")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory.")
+    engine_threads: int = Field(
+        0,
+        ge=0,
+        description="Cores a CPU engine computes on, each bound to its own; 0: all but one, or an "
+        "equal part of them where several engines run on this machine.",
+    )
     engine_seqs_max: int = Field(64, ge=1, description="Requests in one engine step.")
     engine_eager: bool = Field(
         default=True, description="No compilation: a CPU engine starts in 20 s, not in minutes."

@@ -50,9 +50,7 @@ class EngineSettings:
         kv_cache_gib: cpu: size of the KV cache.
         enforce_eager: no graph capture or compilation: a faster start.
         dtype: `auto`, `bfloat16`, `float32`, …
-        cpu_threads: cpu: OpenMP threads; 0: one per core but one.
-        cpu_first: cpu: with `cpu_threads`, index of the first core to bind to, so that two engines
-            on one machine do not share a core.
+        cpu_cores: cpu: one OpenMP thread is bound to each; none: to every core but one.
         gpu_memory_utilization: cuda: the engine's part of the card's memory.
         max_num_seqs: requests in one batch.
         stall_after_s: unhealthy when requests run and no engine step ended for so long; generous,
@@ -68,8 +66,7 @@ class EngineSettings:
     enforce_eager: bool = True
     dtype: str = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
-    cpu_threads: int = 0
-    cpu_first: int = 0
+    cpu_cores: tuple[int, ...] = ()
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 64
     stall_after_s: float = 60.0
@@ -321,13 +318,8 @@ def _set_environment(settings: EngineSettings) -> None:
     """Set what vLLM takes from the environment only; its processes inherit it."""
     environment = os.environ  # noqa: TID251 - vLLM has no argument for these
     environment["VLLM_NO_USAGE_STATS"] = "1"  # nothing is reported to anyone
-    if settings.device == "cpu" and settings.cpu_threads:
-        cores = sorted(os.sched_getaffinity(0))
-        chosen = [
-            cores[(settings.cpu_first + index) % len(cores)]
-            for index in range(min(settings.cpu_threads, len(cores)))
-        ]
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, chosen))
+    if settings.device == "cpu" and settings.cpu_cores:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, settings.cpu_cores))
 
 
 def _drop_front_statistics(llm: Any) -> None:

@@ -61,6 +61,7 @@ class Cluster:
     base: Path
     model: Path
     workflows: Path
+    settings: dict[str, str] = field(default_factory=dict)
     service: Service = field(init=False)
 
     def start(self) -> None:
@@ -72,6 +73,7 @@ class Cluster:
             INFERPIPE_WEBHOOK_RETRY_S="0.5,1,1,1,2,2,2,2,4,4,4,4,4,4,4,4",
             INFERPIPE_DTYPE="float32",  # so that greedy answers repeat, whatever else is running
             INFERPIPE_WORKFLOWS_DIR=str(self.workflows),
+            **self.settings,
         )
 
     def stop(self) -> int:
@@ -138,14 +140,18 @@ def partition(execution_id: str) -> str:
     return f"ip:{{{int(execution_id[4:6], 16)}}}"
 
 
-@pytest.fixture(scope="session")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    base = tmp_path_factory.mktemp("chaos")
+def prepare_cluster(base: Path, **settings: str) -> Cluster:
+    """A service with the tiny model and our workflows, not started yet."""
     workflows = base / "workflows"
     workflows.mkdir()
     for name, steps in WORKFLOWS.items():
         (workflows / f"{name}.yaml").write_text(f"id: {name}\nsteps:\n{steps}")
-    cluster = Cluster(base, make_tiny_model(base / "tiny"), workflows)
+    return Cluster(base, make_tiny_model(base / "tiny"), workflows, settings)
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = prepare_cluster(tmp_path_factory.mktemp("chaos"))
     cluster.start()
     yield cluster
     cluster.stop()
