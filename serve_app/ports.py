@@ -54,6 +54,7 @@ from serve_app.core.journal import (
 from serve_app.core.limits import Limits, Standing
 from serve_app.core.routing import Decision, ReplicaReport
 from serve_app.core.session import Session, SessionLimits, SessionMessage
+from serve_app.core.tools import Turn
 from serve_app.core.usage import Spending, UsageRow
 from serve_app.core.webhooks import Webhook
 from serve_app.core.workflow import RateLimit, Workflow
@@ -324,6 +325,7 @@ class StepCall:
             the commit in which it begins to.
         send: takes a log, an id and a body that leave with the commit of the step's result; only
             for `compute`, whose result and commit are one.
+        turn: of a model that has tools: which it may call now, and how the rounds before went.
     """
 
     execution_id: str
@@ -341,6 +343,7 @@ class StepCall:
     hand_over: Callable[[Wait, Outgoing], None] = lambda _wait, _outgoing: None
     publish: Callable[[float, str], None] = lambda _progress, _message: None
     send: Callable[[str, str, bytes], None] = lambda _log, _message_id, _body: None
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Path: TypeAlias = tuple[str | int, ...]
 
-VARIABLES = ("input", "steps", "event", "execution", "item", "index")
+VARIABLES = ("input", "steps", "event", "execution", "item", "index", "args")
 COMPILED_COUNT_MAX = 1_024  # about 20 KiB each; definitions share most of their expressions
 # The most characters and values an evaluation may handle, counted as if nothing were shared.
 # Measured (2 cores, November 2026): the worst expressions found take 1.5 s and 0.2 GiB.

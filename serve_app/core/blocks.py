@@ -1,9 +1,10 @@
 """What follows inside composites: which blocks open, when one is over, what it all gave.
 
-A composite (`parallel`, `map`, `branch`, `loop`) is `running` while its blocks run; it has no task
-of its own, and its output is composed in the commit that ends its last block. Nothing here is
-remembered between calls: open blocks follow from the live steps, and started ones are found by
-bisection, because items and rounds start in order. So a decision costs what runs, not what ran.
+A composite (`parallel`, `map`, `branch`, `loop`, a `generate` with tools) is `running` while its
+blocks run; it has no task of its own, and its output is composed in the commit that ends its last
+block. Nothing here is remembered between calls: open blocks follow from the live steps, and started
+ones are found by bisection, because items and rounds start in order. So a decision costs what runs,
+not what ran.
 """
 
 from bisect import bisect_left
@@ -11,8 +12,9 @@ from collections.abc import Collection, Iterator
 
 from serve_app.core.execution import Execution, StepState, StepStatus
 from serve_app.core.inference import JsonValue
-from serve_app.core.scope import FINISHED, block_of, blocks_around, composite_of, in_block
-from serve_app.core.workflow import Step, Workflow
+from serve_app.core.scope import FINISHED, block_of, composite_of, in_block
+from serve_app.core.tools import answer_in, has_tools, is_told, turn_rounds_max
+from serve_app.core.workflow import GENERATE, Step, Workflow
 
 MAP_CONCURRENCY_DEFAULT = 10
 MAP_ITEMS_MAX = 10_000
@@ -20,14 +22,21 @@ LIVE_MAX = 256  # steps of one execution at work at once; beyond it a map opens 
 STARTED_MAX = 20_000  # steps of one execution, items and rounds counted: all are in its snapshot
 
 
-def is_skipping(workflow: Workflow, composite: str) -> bool:
-    """Whether a failed block of this composite counts as null instead of failing it."""
-    return bool(composite) and workflow.step(composite).setting("onError") == "skip"
+def goes_on_without(workflow: Workflow, path: str) -> bool:
+    """Whether the composite around a step goes on should it fail: its block is over, no more."""
+    composite = composite_of(block_of(path))
+    if not composite:
+        return False
+    step_id = path.rpartition("/")[2]
+    is_skipping = workflow.step(composite).setting("onError") == "skip"
+    return is_skipping or is_told(workflow, composite, step_id)
 
 
 def is_forgiven(workflow: Workflow, path: str) -> bool:
-    """Whether some map around a step goes on without it, should it fail."""
-    return any(is_skipping(workflow, composite_of(block)) for block in blocks_around(path))
+    """Whether the step, or one around it that would fail with it, may fail without harm."""
+    parts = path.split("/")
+    units = ("/".join(parts[:end]) for end in range(3, len(parts) + 1, 2))
+    return any(goes_on_without(workflow, unit) for unit in units)
 
 
 def is_composite(workflow: Workflow, path: str) -> bool:
@@ -47,7 +56,8 @@ def failed_steps(
     """Failed inner steps whose failure is not dealt with, and the block or composite each ends.
 
     Sorted, so that of two failures at once every worker names the same one. A failure under
-    `onError: skip` is dealt with once nothing of its block is live.
+    `onError: skip`, or of a tool whose model is told, is dealt with once nothing of its block is
+    live.
     """
     found = []
     for path in execution.steps if touched is None else touched:
@@ -57,7 +67,7 @@ def failed_steps(
         composite = composite_of(block)
         is_failed = execution.steps[path].status is StepStatus.FAILED
         if is_failed and is_running(execution, composite):
-            found.append((path, block if is_skipping(workflow, composite) else composite))
+            found.append((path, block if goes_on_without(workflow, path) else composite))
     return sorted(found)
 
 
@@ -105,7 +115,9 @@ def started_count(execution: Execution, workflow: Workflow, composite: str) -> i
 
 
 def rounds_max(step: Step) -> int:
-    """Of a loop."""
+    """Of a loop, or of a `generate` with tools."""
+    if has_tools(step):
+        return turn_rounds_max(step)
     found = step.setting("maxRounds")
     assert isinstance(found, int), "a checked definition has it"
     return found
@@ -132,6 +144,8 @@ def output_of(execution: Execution, workflow: Workflow, composite: str) -> JsonV
         return {
             block.rpartition("/")[2]: _block_output(execution, workflow, block) for block in blocks
         }
+    if kind == GENERATE:
+        return answer_in(execution, blocks[-1], workflow.step(composite))
     return _block_output(execution, workflow, blocks[-1]) if blocks else None
 
 
@@ -170,6 +184,7 @@ def _step_share(execution: Execution, workflow: Workflow, path: str) -> float:
         "parallel": len(step.blocks),
         "branch": 1,
         "loop": rounds_max(step) if step.type == "loop" else 1,
+        GENERATE: rounds_max(step) if has_tools(step) else 1,
     }[step.type]
     done = sum(progress_share(execution, workflow, block) for block in blocks)
     return min(1.0, done / total) if total else 1.0

@@ -8,6 +8,7 @@ it is evaluated, and no key was ignored.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 from serve_app.core.definition_checks import Checks
@@ -18,6 +19,7 @@ from serve_app.core.plain_json import PROBLEMS_MAX, plain_document
 from serve_app.core.retry import RetryPolicy
 from serve_app.core.step_graph import Level, Place, graph_problems
 from serve_app.core.template import OPEN, Loc, split
+from serve_app.core.tool_definition import TOOL_SETTINGS, CheckSchema, ToolForms, is_with_tools
 from serve_app.core.workflow import COMPOSITES, Block, Step, Workflow
 
 StepCheck: TypeAlias = Callable[[JsonValue], Sequence[Problem]]
@@ -33,7 +35,8 @@ STEP_ID = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")  # an identifier, so that C
 STEP_ID_FORM = "letters, digits and _, no digit first"
 FLOW_KEYS = ("concurrency", "rateLimit", "cache")
 WORKFLOW_KEYS = ("id", "description", "input", "timeout", "retry", *FLOW_KEYS, "steps", "output")
-STEP_KEYS = ("id", "needs", "when", "retry", "timeout")
+BODY_KEYS = ("retry", "timeout")
+STEP_KEYS = ("id", "needs", "when", *BODY_KEYS)
 ANSWER_KEYS = frozenset({"version", "createdAt"})  # GET adds them, so that PUT ignores them
 WORKFLOW_KEYS_TO_COME = frozenset({"triggers"})
 STEP_TYPES_TO_COME = frozenset({"app"})
@@ -71,8 +74,7 @@ def parse_workflow(
     if problems:
         raise _refusal(problems)
     definition = {key: value for key, value in plain.items() if key not in ANSWER_KEYS}
-    parsing = _Parsing(Checks(check_expression), step_checks)
-    return parsing.workflow(definition, check_schema)
+    return _Parsing(Checks(check_expression), check_schema, step_checks).workflow(definition)
 
 
 def _refusal(problems: Sequence[Problem]) -> InvalidWorkflowError:
@@ -86,23 +88,24 @@ def _refusal(problems: Sequence[Problem]) -> InvalidWorkflowError:
 class _Parsing:
     """One pass over a plain document."""
 
-    def __init__(self, checks: Checks, step_checks: Mapping[str, StepCheck]) -> None:
+    def __init__(
+        self, checks: Checks, check_schema: CheckSchema, step_checks: Mapping[str, StepCheck]
+    ) -> None:
         self._checks = checks
+        self._check_schema = check_schema
         self._note = checks.note
         self._step_checks = step_checks
         self._types = (*step_checks, *COMPOSITES)
         self._levels: list[Level] = []
         self._steps_left = STEPS_MAX
 
-    def workflow(
-        self, document: dict[str, JsonValue], check_schema: Callable[[object], str | None]
-    ) -> Workflow:
+    def workflow(self, document: dict[str, JsonValue]) -> Workflow:
         checks = self._checks
         checks.refuse_unknown(document, (), WORKFLOW_KEYS, WORKFLOW_KEYS_TO_COME)
         allowed = "lower-case letters, digits and dashes"
         workflow_id = checks.identifier(document, (), WORKFLOW_ID, allowed)
         description = self._description(document)
-        input_schema = self._input_schema(document, check_schema)
+        input_schema = self._input_schema(document)
         timeout_ms = checks.duration(document, "timeout", ())
         retry = checks.retry(document, ())
         flow = flow_control(document, checks)
@@ -133,16 +136,14 @@ class _Parsing:
         self._note(("description",), f"is text of at most {DESCRIPTION_CHARS_MAX} characters")
         return ""
 
-    def _input_schema(
-        self, document: Mapping[str, JsonValue], check_schema: Callable[[object], str | None]
-    ) -> Mapping[str, JsonValue] | None:
+    def _input_schema(self, document: Mapping[str, JsonValue]) -> Mapping[str, JsonValue] | None:
         if "input" not in document:
             return None
         found = document["input"]
         if not isinstance(found, Mapping):
             self._note(("input",), "is a JSON Schema, such as {type: object}")
             return None
-        problem = check_schema(found)
+        problem = self._check_schema(found)
         if problem is not None:
             self._note(("input",), f"is no JSON Schema: {problem}")
         return found
@@ -153,11 +154,16 @@ class _Parsing:
         if not isinstance(found, list) or not found:
             self._note(level.loc, "is required: a list of one step or more")
             return ()
-        if len(found) > self._steps_left:
-            self._note(level.loc, f"a workflow has at most {STEPS_MAX} steps, inner ones included")
-            found = found[: self._steps_left]
-        self._steps_left -= len(found)
+        found = found[: self._counted(len(found), level.loc)]
         return tuple(self._step(value, Place(level, index)) for index, value in enumerate(found))
+
+    def _counted(self, count: int, loc: Loc) -> int:
+        """How many of so many further steps a workflow may have."""
+        if count > self._steps_left:
+            self._note(loc, f"a workflow has at most {STEPS_MAX} steps, inner ones included")
+        allowed = min(count, self._steps_left)
+        self._steps_left -= allowed
+        return allowed
 
     def _step(self, value: JsonValue, place: Place) -> Step:
         checks, level, index = self._checks, place.level, place.index
@@ -171,23 +177,55 @@ class _Parsing:
         step_id = checks.identifier(value, loc, STEP_ID, STEP_ID_FORM)
         needs = self._needs(value, loc, before)
         level.steps[index] = (step_id, needs)
-        step_type = self._type(value, loc)
-        settings, blocks = self._settings(value, step_type, loc, place)
-        return Step(
+        step = self._body(value, step_id, loc, place, STEP_KEYS)
+        return replace(step, needs=needs, when=self._when(value, loc, place))
+
+    def _tool(self, value: JsonValue, step_id: str, loc: Loc, place: Place) -> Step:
+        """The step of a tool; its id follows from the tool's name."""
+        if isinstance(value, Mapping) and self._counted(1, loc):
+            return self._body(value, step_id, loc, place, BODY_KEYS)
+        self._note(loc, "is required: an object with one key that names the step's type")
+        return Step(step_id, "", None)
+
+    def _body(
+        self,
+        value: Mapping[str, JsonValue],
+        step_id: str,
+        loc: Loc,
+        place: Place,
+        keys: tuple[str, ...],
+    ) -> Step:
+        """What a step does, without its place among others."""
+        checks = self._checks
+        step_type = self._type(value, loc, keys)
+        step = Step(
             id=step_id,
             type=step_type,
-            settings=settings,
-            needs=needs,
-            when=self._when(value, loc, place),
+            settings=None,
             retry=checks.retry(value, loc),
             timeout_ms=checks.duration(value, "timeout", loc),
-            blocks=blocks,
         )
+        found = value.get(step_type)
+        if not is_with_tools(step_type, found):
+            settings, blocks = self._settings(value, step_type, loc, place)
+            return replace(step, settings=settings, blocks=blocks)
+        assert isinstance(found, Mapping), "it has tools"
+        inner = (*loc, step_type)
+        own = {key: found[key] for key in found if key not in TOOL_SETTINGS}
+        model, _ = self._settings({step_type: own}, step_type, loc, place)
+        if self._nests_too_deep(inner, place):
+            return step
+        forms = ToolForms(checks, self._check_schema, self._tool)
+        level = Level((*inner, "tools"), place, step_type)
+        self._levels.append(level)
+        settings, blocks = forms.with_tools(replace(step, settings=model), found, level)
+        # Tries and time-outs are of its turns, as they are of any composite's inner steps.
+        return Step(step_id, step_type, settings, blocks=blocks)
 
-    def _type(self, value: Mapping[str, JsonValue], loc: Loc) -> str:
-        self._checks.refuse_unknown(value, loc, (*STEP_KEYS, *self._types), STEP_TYPES_TO_COME)
+    def _type(self, value: Mapping[str, JsonValue], loc: Loc, keys: tuple[str, ...]) -> str:
+        self._checks.refuse_unknown(value, loc, (*keys, *self._types), STEP_TYPES_TO_COME)
         types = [key for key in value if key in self._types]
-        is_unknown_named = any(key not in STEP_KEYS for key in value)
+        is_unknown_named = any(key not in keys for key in value)
         if len(types) > 1:
             self._note(loc, f"has {len(types)} types, {' and '.join(types)}: make them two steps")
         elif not types and not is_unknown_named:
@@ -246,11 +284,7 @@ class _Parsing:
             self._note(loc, f"{kind} takes an object of {', '.join(keys)}")
             return None, ()
         self._checks.refuse_unknown(settings, loc, keys)
-        depth, at = 1, place.level.around
-        while at is not None:
-            depth, at = depth + 1, at.level.around
-        if depth > NESTING_MAX:
-            self._note(loc, f"stands in {depth - 1} composites: at most {NESTING_MAX} may nest")
+        if self._nests_too_deep(loc, place):
             return None, ()
         parse = {
             "parallel": self._parallel,
@@ -262,6 +296,14 @@ class _Parsing:
         own = {key: settings[key] for key in settings if key not in ("branches", "cases", "else")}
         own.pop("steps", None)
         return own, blocks
+
+    def _nests_too_deep(self, loc: Loc, place: Place) -> bool:
+        depth, at = 1, place.level.around
+        while at is not None:
+            depth, at = depth + 1, at.level.around
+        if depth > NESTING_MAX:
+            self._note(loc, f"stands in {depth - 1} composites: at most {NESTING_MAX} may nest")
+        return depth > NESTING_MAX
 
     def _parallel(
         self, settings: Mapping[str, JsonValue], loc: Loc, place: Place

@@ -13,9 +13,9 @@ from serve_app.core.blocks import (
     concurrency,
     failed_steps,
     failure_of,
+    goes_on_without,
     is_composite,
     is_running,
-    is_skipping,
     is_started,
     live_under,
     output_of,
@@ -38,13 +38,13 @@ from serve_app.core.scope import (
     FINISHED,
     Evaluate,
     Scope,
-    block_of,
     composite_of,
     in_block,
     scope_after_round,
     scope_of,
 )
 from serve_app.core.template import render
+from serve_app.core.tools import has_answered, steps_to_start
 from serve_app.core.waits import ended_waits, is_over
 from serve_app.core.workflow import Step, Workflow, ready_steps
 
@@ -108,14 +108,14 @@ class Round:
             if inner not in self._cut:
                 self._cut.add(inner)
                 self._events.append(cut_off(inner, ErrorCode.CANCELLED, self._now_ms))
-        if not is_skipping(self._workflow, composite_of(block_of(path))):
+        if not goes_on_without(self._workflow, path):
             error = failure_of(path, self._execution.steps[path])
             self._cut.add(ended)
             self._events.append(StepFailed(self._now_ms, ended, error, ErrorCode.STEP_FAILED))
 
     def _start_ready(self, block: str) -> None:
         """Start the steps of a block whose needs are done."""
-        steps = self._workflow.steps_at(block)
+        steps = steps_to_start(self._execution, self._workflow, block)
         states = {step.id: self._execution.steps.get(in_block(block, step.id)) for step in steps}
         started = {step_id: state.status for step_id, state in states.items() if state is not None}
         if StepStatus.FAILED in started.values():
@@ -163,6 +163,8 @@ class Round:
                 self._advance_map(composite, step)
             case "loop":
                 self._advance_loop(composite, step)
+            case "generate":
+                self._advance_turns(composite, step)
             case _:
                 self._advance_fixed(composite, step)
 
@@ -213,6 +215,16 @@ class Round:
             self._start_ready(f"{composite}/{rounds}")
         elif goes_on is False:
             self._complete(composite)
+
+    def _advance_turns(self, composite: str, step: Step) -> None:
+        """The next turn of a model with tools, unless the last one was its answer."""
+        if self._open_count(composite):
+            return
+        rounds = started_count(self._execution, self._workflow, composite)
+        if rounds and has_answered(self._execution, f"{composite}/{rounds - 1}", step):
+            self._complete(composite)
+        else:
+            self._start_ready(f"{composite}/{rounds}")
 
     def _advance_map(self, composite: str, step: Step) -> None:
         items = self._execution.steps[composite].items

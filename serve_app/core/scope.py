@@ -7,7 +7,8 @@ expression may mention has finished, so evaluating it again, on any worker, give
 from collections.abc import Callable, Iterator, Mapping
 
 from serve_app.core.execution import Execution, StepStatus
-from serve_app.core.workflow import Workflow
+from serve_app.core.tools import arguments_in
+from serve_app.core.workflow import GENERATE, Workflow
 
 Scope = Mapping[str, object]
 Evaluate = Callable[[str, Scope], object]
@@ -70,6 +71,9 @@ def scope_of(execution: Execution, workflow: Workflow, path: str = "") -> dict[s
             scope["item"] = items[int(key)]
         elif kind == "loop":
             _add_round(steps, execution, workflow, f"{composite}/{int(key) - 1}")
+        elif kind == GENERATE:
+            scope["args"] = arguments_in(execution, workflow, block)
+            continue
         _add_outputs(steps, execution, workflow, block)
     return scope
 

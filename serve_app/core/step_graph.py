@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 from serve_app.core.errors import Problem
 from serve_app.core.template import Loc, outline
+from serve_app.core.workflow import GENERATE
 
 MAP_VARIABLES = frozenset({"item", "index"})
+TOOL_VARIABLES = frozenset({"args"})
 NAME_CHARS_MAX = 100  # of a foreign name in a message
 
 
@@ -129,11 +131,13 @@ def _reference_messages(
     ancestors: Mapping[Level, Mapping[str, Collection[str]]],
 ) -> Iterator[str]:
     visible = set(_visible(mention.place, ancestors))
-    is_in_map = any(at.level.kind == "map" for at in _around(mention.place))
+    kinds = {at.level.kind for at in _around(mention.place)}
     for reference in outline(mention.text).references:
         name, *selected = reference.path
-        if name in MAP_VARIABLES and not is_in_map:
+        if name in MAP_VARIABLES and "map" not in kinds:
             yield f"{name} exists only in the steps of a map"
+        if name in TOOL_VARIABLES and GENERATE not in kinds:
+            yield f"{name} exists only in the step of a tool"
         if name != "steps":
             continue
         if not selected or not isinstance(selected[0], str):

@@ -13,6 +13,7 @@ from serve_app.core.retry import RetryPolicy
 
 DURATION_MS_MAX = 366 * 86_400_000
 COMPOSITES = ("parallel", "map", "branch", "loop")  # types whose settings hold steps
+GENERATE = "generate"  # holds steps where it has tools
 
 _DURATION = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)(ms|s|m|h|d)", re.ASCII)
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}

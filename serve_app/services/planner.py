@@ -34,6 +34,7 @@ from serve_app.core.inference import Usage
 from serve_app.core.journal import Outgoing, partition_for
 from serve_app.core.scope import scope_of
 from serve_app.core.template import render
+from serve_app.core.tools import turn_of
 from serve_app.core.workflow import Workflow
 from serve_app.ports import Clock, Entropy, Expressions, StepCall, StepType, WorkerStore
 
@@ -179,6 +180,7 @@ class Planner:
             created=execution.created,
             publish=publish,
             workspace=execution.created.workspace,
+            turn=turn_of(execution, self._workflow, step_id),
         )
 
     def _compute(self, plan: Plan, started: StepStarted, now_ms: int) -> None:

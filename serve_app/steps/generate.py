@@ -1,7 +1,9 @@
 """`generate`: a model call as a durable step, its tokens in the journal as they come.
 
-Owns the settings under vLLM's names and the parsing of structured answers. Invariant: an answer
-with an `output_schema` is recorded only when it is whole and parses.
+Owns the settings under vLLM's names and the parsing of structured answers. Where the model has
+tools, one run is one turn: it records an answer, a call that fits its tool, or what is wrong with
+the call (`core.tools`). Invariant: an answer with an `output_schema` is recorded only when it is
+whole and parses.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -12,8 +14,10 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.core.errors import Problem, StepFailedError
-from serve_app.core.inference import FinishReason, GenerationRequest, JsonValue, Message
+from serve_app.core.inference import Chunk, FinishReason, GenerationRequest, JsonValue, Message
 from serve_app.core.template import expressions_in
+from serve_app.core.tool_text import grammar_of, is_call, messages_of, read_call
+from serve_app.core.tools import CONTENT, PROBLEM, TEXT, TOOL_CALL, Turn
 from serve_app.ports import Entropy, Schemas, StepCall, StepType
 from serve_app.services.inference import Inference
 
@@ -66,31 +70,83 @@ def _runner(
             raise StepFailedError(f"output_schema: {refusal}", False)  # noqa: FBT003
         # Unique per run: the run of a lost worker may still be in the engine under the same key.
         request = _request(call, settings, f"{call.idempotency_key}/{entropy.token()}")
-        text: list[str] = []
-        finish_reason = None
+        turn = call.turn
+        reply = _Reply(call)
         async with aclosing(inference.generate(request)) as chunks:
             async for chunk in chunks:
-                text.append(chunk.text)
-                finish_reason = chunk.finish_reason
-                if chunk.usage is not None:
-                    call.report_usage(chunk.usage)
-                call.emit(chunk.text, chunk.token_ids)
-        return _answer("".join(text), finish_reason, settings, schemas)
+                reply.take(chunk)
+        text = reply.text
+        if turn is None:
+            return _answer(text, reply.finish_reason, settings, schemas)
+        if turn.callable and (turn.must_call or is_call(text)):
+            return _called(text, turn, settings, reply.finish_reason, schemas)
+        return {CONTENT: _answer(text, reply.finish_reason, settings, schemas)}
 
     return run
 
 
+class _Reply:
+    """What the model says, passed on as it comes, unless it is a call: that is nobody's text."""
+
+    def __init__(self, call: StepCall) -> None:
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self._call = call
+        self._is_call: bool | None = False  # None: not to be told yet
+        if call.turn is not None and call.turn.callable:
+            self._is_call = True if call.turn.must_call else None
+        self._held_ids: tuple[int, ...] = ()
+
+    def take(self, chunk: Chunk) -> None:
+        self.finish_reason = chunk.finish_reason
+        if chunk.usage is not None:
+            self._call.report_usage(chunk.usage)
+        text, ids = chunk.text, chunk.token_ids
+        self.text += text
+        if self._is_call is None:
+            self._is_call = is_call(self.text)
+            text, ids = self.text, self._held_ids + ids
+            self._held_ids = ids
+        if self._is_call is False or (self._is_call is None and chunk.finish_reason is not None):
+            self._call.emit(text, ids)
+
+
+def _called(
+    text: str,
+    turn: Turn,
+    settings: _Settings,
+    finish_reason: FinishReason | None,
+    schemas: Schemas,
+) -> JsonValue:
+    """A call that can be made, or why not: the model is told, and the round is over."""
+    try:
+        made = read_call(text, turn)
+    except ValueError as error:
+        is_cut = finish_reason is FinishReason.LENGTH
+        cut = f"; it was cut off at max_tokens={settings.max_tokens}" if is_cut else ""
+        return {TEXT: text, PROBLEM: f"{error}{cut}"}
+    parameters = next(tool.parameters for tool in turn.tools if tool.name == made.name)
+    problems = schemas.problems(parameters, made.arguments)
+    if problems:
+        place = ".".join(str(part) for part in ("arguments", *problems[0].loc))
+        return {TEXT: text, PROBLEM: f"{place}: {problems[0].msg}"}
+    return {TEXT: text, TOOL_CALL: {"name": made.name, "arguments": dict(made.arguments)}}
+
+
 def _request(call: StepCall, settings: _Settings, request_id: str) -> GenerationRequest:
+    turn, messages = call.turn, settings.turns()
+    grammar = None if turn is None else grammar_of(turn, settings.output_schema)
     return GenerationRequest(
         request_id=request_id,
-        messages=settings.turns(),
+        messages=messages if turn is None else messages_of(turn, messages),
         model=settings.model,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         stop=settings.stops(),
         seed=settings.seed,
-        output_schema=settings.output_schema,
+        output_schema=settings.output_schema if grammar is None else None,
+        engine_options={} if grammar is None else {"structured_outputs": {"grammar": grammar}},
         deadline_ms=call.deadline_ms,
         priority=-call.priority,  # vLLM runs the lower number first
         tenant=call.workspace,

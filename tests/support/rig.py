@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from serve_app.core.decisions import receive
@@ -47,6 +47,7 @@ class Rig:
     store: MemoryStore = field(default_factory=MemoryStore)
     calls: list[StepCall] = field(default_factory=list)
     expressions: Expressions = field(default_factory=ToyExpressions)
+    further_types: Mapping[str, StepType] = field(default_factory=dict)
 
     async def driver(self, token: str = TOKEN, **created: object) -> Driver:
         """A driver that has just been handed the execution; the first call creates it."""
@@ -64,6 +65,7 @@ class Rig:
             "wait_for_event": WAIT_FOR_EVENT,
             "work": StepType(check=lambda settings: (), run=self._run),
             "pure": StepType(check=lambda settings: (), compute=self.compute),
+            **self.further_types,
         }
         runtime = Runtime(self.store, types, self.expressions, clock, ToyEntropy())
         return Driver(self.store.own(EXECUTION_ID, token), self.workflow, runtime)

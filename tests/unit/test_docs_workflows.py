@@ -9,23 +9,27 @@ import yaml
 
 from serve_app.core.execution import Status
 from serve_app.core.workflow import COMPOSITES, every_step
-from tests.support.definitions import EXPRESSIONS, PLAIN, parsed
+from tests.support.definitions import EXPRESSIONS, PLAIN, Model, parsed
 from tests.support.rig import Rig
 from tests.support.virtual_time import virtual_time
 
 PAGE = (Path(__file__).parents[2] / "docs" / "workflows.md").read_text()
 EXAMPLES = re.findall(
-    r"```yaml\n# input: (.*?)\n(?:# signal: (.*?)\n)?# gives: (.*?)\n(.*?)```", PAGE, re.DOTALL
+    r"```yaml\n# input: (.*?)\n(?:# signal: (.*?)\n)?(?:# model: (.*?)\n)?# gives: (.*?)\n(.*?)```",
+    PAGE,
+    re.DOTALL,
 )
 
 
-@pytest.mark.parametrize(("value", "signal", "gives", "text"), EXAMPLES, ids=range(len(EXAMPLES)))
-def test_an_example_gives_what_the_page_says(
-    value: str, signal: str, gives: str, text: str
-) -> None:
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_an_example_gives_what_the_page_says(example: tuple[str, ...]) -> None:
+    value, signal, replies, gives, text = example
+
     @virtual_time
     async def run() -> None:
-        rig = Rig(parsed(yaml.dump(yaml.safe_load(text)["steps"])), expressions=EXPRESSIONS)
+        model = Model(*json.loads(replies or "[]"))
+        workflow = parsed(yaml.dump(yaml.safe_load(text)["steps"]))
+        rig = Rig(workflow, expressions=EXPRESSIONS, further_types={"generate": model.step_type})
         if signal:
             await rig.driver(input=json.loads(value))
             rig.signal(**json.loads(signal))
