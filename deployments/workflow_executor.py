@@ -80,6 +80,7 @@ class WorkflowExecutor:
             self._clock,
             entropy,
             endings_of(settings, self._stores.calls, self._clock).outgoing,
+            settings.result_max_bytes,
         )
         self._peers = TcpPeers(host, self._clock)
         port = await self._peers.listen()

@@ -179,7 +179,10 @@ class Settings(BaseSettings):
         8 << 20, ge=1024, description="Largest input of an execution, as JSON; beyond it 413."
     )
     result_max_bytes: int = Field(
-        8 << 20, ge=1024, description="Largest result of a step, as JSON; beyond it the step fails."
+        8 << 20,
+        ge=1024,
+        description="Largest result of a step, a composite or an execution, as JSON; beyond it "
+        "that fails.",
     )
     flow_waiting_max: int = Field(
         1_000, ge=0, description="Executions in line before one concurrency limit or cache entry."

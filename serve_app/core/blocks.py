@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 
 from serve_app.core.execution import Execution, StepState, StepStatus
 from serve_app.core.inference import JsonValue
+from serve_app.core.plain_json import json_bytes
 from serve_app.core.scope import FINISHED, block_of, composite_of, in_block
 from serve_app.core.tools import answer_in, has_tools, is_told, turn_rounds_max
 from serve_app.core.workflow import GENERATE, Step, Workflow
@@ -154,6 +155,22 @@ def _block_output(execution: Execution, workflow: Workflow, block: str) -> JsonV
     states = [execution.steps.get(in_block(block, step.id)) for step in workflow.steps_at(block)]
     is_whole = all(state is not None and state.status in FINISHED for state in states)
     return states[-1].output if is_whole and states[-1] is not None else None
+
+
+def outgrowth(
+    execution: Execution, workflow: Workflow, composite: str, bytes_max: int
+) -> str | None:
+    """Why what a map or a parallel gives, as far as its blocks are over, is too large, or None."""
+    taken = 0
+    for count, block in enumerate(started_blocks(execution, workflow, composite), start=1):
+        # Its brackets and commas, and the names of branches, are left out: the bound is no cliff.
+        taken += json_bytes(_block_output(execution, workflow, block))
+        if taken > bytes_max:
+            return (
+                f"the results of {count} blocks take {taken} bytes together; "
+                f"INFERPIPE_RESULT_MAX_BYTES allows {bytes_max}"
+            )
+    return None
 
 
 def failure_of(path: str, step: StepState) -> str:

@@ -8,7 +8,7 @@ events, so a decision that lost a race is simply taken again.
 
 from dataclasses import dataclass
 
-from serve_app.core.blocks import is_composite, is_forgiven, progress_share
+from serve_app.core.blocks import is_composite, progress_share
 from serve_app.core.due import cut_off_code, is_ending
 from serve_app.core.errors import (
     AlreadyTerminalError,
@@ -33,10 +33,10 @@ from serve_app.core.execution import (
     StepWaiting,
     Wait,
 )
+from serve_app.core.failures import StepErrored, after_failure
 from serve_app.core.gates import Verdict
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.journal import EXECUTION_ID_PREFIX, Outgoing
-from serve_app.core.retry import retry_delay_ms
 from serve_app.core.rounds import cut_off
 from serve_app.core.scope import block_of
 from serve_app.core.waits import SIGNALS_MAX
@@ -75,26 +75,6 @@ class StepFinished:
     attempt: int
     output: JsonValue
     usage: Usage = NO_USAGE
-
-
-@dataclass(frozen=True, slots=True)
-class StepErrored:
-    """A running step ended without an output.
-
-    Args:
-        code: CANCELLED when it was cancelled.
-        retry_after_ms: another try sooner than that would be in vain.
-        is_aborted: we cancelled it, because what it stands in is ending.
-    """
-
-    step_id: str
-    attempt: int
-    error: str
-    code: str = ErrorCode.STEP_FAILED
-    is_retryable: bool = True
-    usage: Usage = NO_USAGE
-    is_aborted: bool = False
-    retry_after_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,29 +236,7 @@ def _after_error(
         return StepFailed(now_ms, fact.step_id, fact.error, code, fact.usage)
     if fact.code in _LOSS_CODES:
         return _after_loss(execution, fact.step_id, step, fact.error, now_ms, fact.usage)
-    # A step that cancels itself has failed: nobody asked for it, and it must end the execution.
-    code = ErrorCode.STEP_FAILED if fact.code == ErrorCode.CANCELLED else fact.code
-    if not fact.is_retryable:
-        return StepFailed(now_ms, fact.step_id, fact.error, code, fact.usage)
-    execution_attempt = execution.attempt
-    policy = workflow.step(fact.step_id).retry
-    delay_ms = None if policy is None else retry_delay_ms(policy, step.tries, jitter)
-    # The execution's own tries are for what would end it.
-    if delay_ms is None and not is_forgiven(workflow, fact.step_id):
-        delay_ms = retry_delay_ms(execution.created.retry, execution.attempt, jitter)
-        execution_attempt += 1
-    if delay_ms is None:
-        return StepFailed(now_ms, fact.step_id, fact.error, code, fact.usage)
-    return StepRetrying(
-        now_ms,
-        fact.step_id,
-        step.attempt + 1,
-        execution_attempt,
-        # Never at once: each retry has its own commit.
-        now_ms + max(1, delay_ms, fact.retry_after_ms or 0),
-        fact.error,
-        fact.usage,
-    )
+    return after_failure(execution, workflow, fact, now_ms, jitter)
 
 
 def _after_loss(

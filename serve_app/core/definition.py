@@ -262,7 +262,7 @@ class _Parsing:
     ) -> tuple[JsonValue, tuple[Block, ...]]:
         settings, inner = value.get(step_type), (*loc, step_type)
         if step_type in (*COMPOSITES, *WAITS):
-            for key in ("retry", "timeout"):
+            for key in ("timeout",) if step_type == "workflow" else ("retry", "timeout"):
                 if key in value:
                     self._note((*loc, key), f"a {step_type} has no {key} of this kind: remove it")
         if step_type == "wait_for_event" and isinstance(settings, Mapping) and "if" in settings:

@@ -30,11 +30,13 @@ from serve_app.core.execution import (
 )
 from serve_app.core.gates import Verdict
 from serve_app.core.inference import JsonValue
+from serve_app.core.plain_json import json_bytes
 from serve_app.core.rounds import Round, cut_off
 from serve_app.core.scope import Evaluate, scope_of
 from serve_app.core.template import render
 from serve_app.core.workflow import Workflow
 
+RESULT_BYTES_MAX = 8 << 20  # of a step, a composite, an execution: where no other bound is given
 EVENTS_MAX = 200_000  # of one journal: some 50 MB in the store; only a runaway loop has more
 
 
@@ -75,6 +77,7 @@ def due_events(
     now_ms: int,
     evaluate: Evaluate,
     touched: Collection[str] | None = None,
+    result_bytes_max: int = RESULT_BYTES_MAX,
 ) -> tuple[Event, ...]:
     """What is due by itself, one round; the caller folds it and asks again until it is empty.
 
@@ -91,8 +94,8 @@ def due_events(
     if execution.status is Status.WAITING:
         is_due = execution.wake_at_ms is not None and now_ms >= execution.wake_at_ms
         return (ExecutionResumed(now_ms),) if is_due else ()
-    due = Round(execution, workflow, now_ms, evaluate).events(touched)
-    return due or _rest(execution, workflow, now_ms, evaluate)
+    due = Round(execution, workflow, now_ms, evaluate, result_bytes_max).events(touched)
+    return due or _rest(execution, workflow, now_ms, evaluate, result_bytes_max)
 
 
 def next_wake_ms(execution: Execution) -> int | None:
@@ -159,7 +162,11 @@ def _limit_reached(execution: Execution) -> str | None:
 
 
 def _rest(
-    execution: Execution, workflow: Workflow, now_ms: int, evaluate: Evaluate
+    execution: Execution,
+    workflow: Workflow,
+    now_ms: int,
+    evaluate: Evaluate,
+    result_bytes_max: int,
 ) -> tuple[Event, ...]:
     """Nothing starts: wait for reports, park, or end."""
     live = execution.live_steps
@@ -173,13 +180,21 @@ def _rest(
         assert wake_at_ms is not None, "a composite has a live inner step"
         return (ExecutionParked(now_ms, wake_at_ms),)
     try:
-        return (ExecutionCompleted(now_ms, _output(execution, workflow, evaluate)),)
+        output = _output(execution, workflow, evaluate, result_bytes_max)
+        return (ExecutionCompleted(now_ms, output),)
     except StepFailedError as error:
         return (ExecutionFailed(now_ms, f"output: {error}", ErrorCode.STEP_FAILED),)
 
 
-def _output(execution: Execution, workflow: Workflow, evaluate: Evaluate) -> JsonValue:
+def _output(
+    execution: Execution, workflow: Workflow, evaluate: Evaluate, bytes_max: int
+) -> JsonValue:
     if not workflow.has_output:
         return execution.steps[workflow.steps[-1].id].output
     scope = scope_of(execution, workflow)
-    return render(workflow.output, lambda text: evaluate(text, scope))
+    output = render(workflow.output, lambda text: evaluate(text, scope))
+    size = json_bytes(output)
+    if size > bytes_max:
+        bound = f"INFERPIPE_RESULT_MAX_BYTES allows {bytes_max}"
+        raise StepFailedError(f"it takes {size} bytes; {bound}", False)  # noqa: FBT003
+    return output

@@ -674,7 +674,7 @@ def _started(execution: Execution, event: StepStarted) -> StepState:
 
 
 def _retrying(execution: Execution, event: StepRetrying) -> StepState:
-    step = _live(execution, event.step_id)
+    step = _live(execution, event.step_id, _AT_WORK)
     is_execution_retry = event.execution_attempt > execution.attempt
     is_new_attempt = event.attempt > step.attempt
     tries = 1 if is_execution_retry else step.tries + is_new_attempt
@@ -687,6 +687,7 @@ def _retrying(execution: Execution, event: StepRetrying) -> StepState:
         wasted_tokens=step.wasted_tokens + event.usage.total_tokens,
         attempt=event.attempt,
         wake_at_ms=event.wake_at_ms,
+        wait=None,
         losses=step.losses + (not is_new_attempt),
     )
 

@@ -4,6 +4,7 @@ Owns what may be in a document that JSON, YAML or Python gave. Does not know wha
 Invariant: a plain document can be written as JSON, and walking it is cheap and ends.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 
@@ -15,6 +16,11 @@ NESTING_MAX = 64  # as deep as request bodies may be
 DOCUMENT_SIZE_MAX = 1_000_000  # characters and values; YAML aliases count where they stand
 PROBLEMS_MAX = 100  # more would not be read
 INT_MIN, INT_MAX = -(2**63), 2**63 - 1  # what CEL and every JSON reader in use can hold
+
+
+def json_bytes(value: JsonValue) -> int:
+    """How large a value is as compact JSON."""
+    return len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 def plain_document(

@@ -18,6 +18,7 @@ from serve_app.core.blocks import (
     is_running,
     is_started,
     live_under,
+    outgrowth,
     output_of,
     rounds_max,
     started_count,
@@ -53,8 +54,14 @@ class Round:
     """One round of decisions on one state; `_events` has what was decided so far."""
 
     def __init__(
-        self, execution: Execution, workflow: Workflow, now_ms: int, evaluate: Evaluate
+        self,
+        execution: Execution,
+        workflow: Workflow,
+        now_ms: int,
+        evaluate: Evaluate,
+        result_bytes_max: int,
     ) -> None:
+        self._result_bytes_max = result_bytes_max
         self._execution = execution
         self._workflow = workflow
         self._now_ms = now_ms
@@ -237,6 +244,12 @@ class Round:
         opened = min(len(items) - started, max(0, concurrency(step) - open_count))
         if opened > room:
             opened = max(room, 1 - min(1, open_count))  # never none at all, or it would stand still
+        # Looked at whenever the count of items doubles, so that a list too long for its results is
+        # not gone through to the end, and looking costs in all no more than looking at its end.
+        if (started + opened).bit_length() > started.bit_length() and self._outgrowth(composite):
+            if not open_count:
+                self._complete(composite)
+            return
         for index in range(started, started + opened):
             self._start_ready(f"{composite}/{index}")
         if started == len(items) and not open_count:
@@ -257,7 +270,14 @@ class Round:
         else:
             self._events.append(MapOpened(self._now_ms, composite, tuple(items)))
 
+    def _outgrowth(self, composite: str) -> str | None:
+        return outgrowth(self._execution, self._workflow, composite, self._result_bytes_max)
+
     def _complete(self, composite: str) -> None:
+        is_sum = self._workflow.step(composite).type in ("map", "parallel")
+        if is_sum and (error := self._outgrowth(composite)) is not None:
+            self._events.append(StepFailed(self._now_ms, composite, error, ErrorCode.STEP_FAILED))
+            return
         output = output_of(self._execution, self._workflow, composite)
         self._events.append(StepCompleted(self._now_ms, composite, output))
 

@@ -5,8 +5,9 @@ fits, the one that began to wait first takes it.
 """
 
 from collections.abc import Iterator
+from zlib import crc32
 
-from serve_app.core.errors import ErrorCode, StepFailedError
+from serve_app.core.errors import StepFailedError
 from serve_app.core.execution import (
     Event,
     Execution,
@@ -20,6 +21,7 @@ from serve_app.core.execution import (
     Wait,
     WaitKind,
 )
+from serve_app.core.failures import StepErrored, after_failure
 from serve_app.core.inference import JsonValue
 from serve_app.core.scope import Evaluate, scope_of
 from serve_app.core.workflow import Workflow
@@ -44,20 +46,30 @@ def ended_waits(
         if signal is not None:
             taken.add(signal.seq)
             taking = SignalTaken(now_ms, path, signal.seq)
-            yield path, (taking, _result(path, state.wait, signal, now_ms))
+            yield path, (taking, _result(execution, workflow, path, signal, now_ms))
         elif is_over(state, now_ms):
-            yield path, (_result(path, state.wait, None, now_ms),)
+            yield path, (_result(execution, workflow, path, None, now_ms),)
 
 
-def _result(path: str, wait: Wait, signal: Signal | None, now_ms: int) -> Event:
+def _result(
+    execution: Execution, workflow: Workflow, path: str, signal: Signal | None, now_ms: int
+) -> Event:
+    state = execution.steps[path]
+    wait = state.wait
+    assert wait is not None, "it waits"
     if wait.kind is not WaitKind.CHILD:
         return StepCompleted(now_ms, path, output_of_wait(wait, signal))
     outcome = signal.data if signal is not None and isinstance(signal.data, dict) else {}
-    if outcome.get("status") == Status.COMPLETED:
+    status = outcome.get("status")
+    if status == Status.COMPLETED:
         return StepCompleted(now_ms, path, outcome.get("data"))
     error = outcome.get("error") or "has not ended in time"
     text = f"{wait.message} ({wait.event}): {error}"
-    return StepFailed(now_ms, path, text, ErrorCode.STEP_FAILED)
+    # Who cancels a child wants no other in its place.
+    errored = StepErrored(path, state.attempt, text, is_retryable=status != Status.CANCELLED)
+    # Drawn from the child's id, so that every worker decides the same.
+    jitter = crc32((wait.event or path).encode()) / 2**32
+    return after_failure(execution, workflow, errored, now_ms, jitter)
 
 
 def is_over(state: StepState, now_ms: int) -> bool:

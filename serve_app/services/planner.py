@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from serve_app.core.children import cancels, end
 from serve_app.core.decisions import (
     Fact,
-    StepErrored,
     StepFinished,
     StepHandedOver,
     record,
     take_over,
 )
-from serve_app.core.due import doomed_steps, due_events
+from serve_app.core.due import RESULT_BYTES_MAX, doomed_steps, due_events
 from serve_app.core.errors import ErrorCode, ServeAppError, StepFailedError
 from serve_app.core.execution import (
     STEP_EVENTS,
@@ -30,6 +29,7 @@ from serve_app.core.execution import (
     StepStatus,
     StepWaiting,
 )
+from serve_app.core.failures import StepErrored
 from serve_app.core.inference import Usage
 from serve_app.core.journal import Outgoing, partition_for
 from serve_app.core.scope import scope_of
@@ -61,6 +61,8 @@ class Runtime:
         on_end: what leaves with the commit that ends an execution; it may be asked again about
             the same end, and must then answer the same message ids. What it raises for a store
             out of reach is tried again; nothing ends without its messages.
+        result_bytes_max: of what a composite or an execution gives, as JSON; `steps.bounds` has the
+            same for other steps.
     """
 
     store: WorkerStore
@@ -69,6 +71,7 @@ class Runtime:
     clock: Clock
     entropy: Entropy
     on_end: OnEnd = tell_nobody
+    result_bytes_max: int = RESULT_BYTES_MAX
 
 
 class Plan:
@@ -126,13 +129,14 @@ class Planner:
             ):
                 plan.outgoing.append(fact.outgoing)
         workflow, evaluate = self._workflow, self._runtime.expressions.evaluate
+        bytes_max = self._runtime.result_bytes_max
         while len(plan.events) < PLAN_EVENTS_MAX:
             plan.doomed = doomed_steps(plan.after, workflow, now_ms, plan.touched).intersection(
                 busy
             )
             if plan.doomed:
                 break
-            due = due_events(plan.after, workflow, now_ms, evaluate, plan.touched)
+            due = due_events(plan.after, workflow, now_ms, evaluate, plan.touched, bytes_max)
             plan.examined()
             if not due:
                 break

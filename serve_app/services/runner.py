@@ -17,7 +17,6 @@ from serve_app.core.decisions import (
     ChunkArrived,
     Fact,
     Progressed,
-    StepErrored,
     StepFinished,
     StepHandedOver,
 )
@@ -37,6 +36,7 @@ from serve_app.core.execution import (
     StepStatus,
     Wait,
 )
+from serve_app.core.failures import StepErrored
 from serve_app.core.gate_messages import leave
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
 from serve_app.core.journal import (

@@ -138,3 +138,19 @@ async def test_nobody_can_say_that_a_child_has_ended(defined: Api) -> None:
     assert answer.status_code == 422
     await defined.http.post(f"/v1/executions/{execution_id}/cancel")
     await until(defined, execution_id, *ENDED)
+
+
+async def test_a_failed_child_is_followed_by_another(defined: Api) -> None:
+    """The second is of the definition that stands by then."""
+    steps = "steps: [{id: child, workflow: {id: broken, input: {}}, retry: {attempts: 3}}]"
+    execution_id = await start(defined, steps)
+    async with asyncio.timeout(20):
+        while not [item for item in await listed(defined, "broken") if item["status"] == "failed"]:
+            await asyncio.sleep(0.02)
+    await define(defined, "broken", "steps: [{id: d, transform: '{{ 7 }}'}]")
+    record = await until(defined, execution_id, *ENDED)
+    assert (record["status"], record["data"]) == ("completed", 7), record
+    assert record["steps"][0]["attempts"] == 2
+    children = {item["id"]: item["status"] for item in await listed(defined, "broken")}
+    assert sorted(children.values()) == ["completed", "failed"]
+    await check(defined, execution_id)

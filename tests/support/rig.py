@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from serve_app.core.decisions import receive
+from serve_app.core.due import RESULT_BYTES_MAX
 from serve_app.core.execution import CancelRequested, ChunkEmitted, Event, Execution
 from serve_app.core.inference import JsonValue
 from serve_app.core.workflow import Workflow
@@ -47,6 +48,7 @@ class Rig:
     store: MemoryStore = field(default_factory=MemoryStore)
     calls: list[StepCall] = field(default_factory=list)
     expressions: Expressions = field(default_factory=ToyExpressions)
+    result_bytes_max: int = RESULT_BYTES_MAX
     further_types: Mapping[str, StepType] = field(default_factory=dict)
 
     async def driver(self, token: str = TOKEN, **created: object) -> Driver:
@@ -67,7 +69,14 @@ class Rig:
             "pure": StepType(check=lambda settings: (), compute=self.compute),
             **self.further_types,
         }
-        runtime = Runtime(self.store, types, self.expressions, clock, ToyEntropy())
+        runtime = Runtime(
+            self.store,
+            types,
+            self.expressions,
+            clock,
+            ToyEntropy(),
+            result_bytes_max=self.result_bytes_max,
+        )
         return Driver(self.store.own(EXECUTION_ID, token), self.workflow, runtime)
 
     async def drive(self, **created: object) -> Execution:
