@@ -26,7 +26,7 @@ from serve_app.settings import Settings
 APP_NAME = "inferpipe"
 LOGICAL_CPUS = 8  # deployments ask for small fractions; Ray must not count the two real cores
 STOP_WAIT_S = 10.0
-_INGRESS_PORTS = 200  # ports a cluster may use for its ingress replicas
+_PORTS = 200  # of one cluster: four for its proxies, the others for its ingress replicas
 
 
 class ClusterFailedError(RuntimeError):
@@ -120,8 +120,7 @@ class LocalCluster:
     def _environment(self) -> dict[str, str]:
         files = self._temp_dir / "h"
         files.mkdir(exist_ok=True)
-        fallback_http, fallback_grpc, metrics, stats = _free_ports(4)
-        first = _free_port_range(_INGRESS_PORTS)
+        fallback_http, fallback_grpc, metrics, stats, first = _free_ports()
         return {
             # vLLM leaves sockets and a rendezvous file behind wherever temporary files go.
             "TMPDIR": str(files),
@@ -142,7 +141,7 @@ class LocalCluster:
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _INGRESS_PORTS),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORTS - 5),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
@@ -152,22 +151,19 @@ class LocalCluster:
         }
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+def _free_ports() -> range:
+    """Five free ports in a row, the last of which begins the ingress replicas' range.
 
-
-def _free_port_range(count: int) -> int:
-    """A port below the ephemeral range whose first successors are free."""
-    for first in range(20_000, 32_000, count):
+    Below the ephemeral range: a port from there may be some connection's own end by the time that
+    HAProxy wants it.
+    """
+    for first in range(20_000, 32_000, _PORTS):
+        ports = range(first, first + 5)
         with contextlib.ExitStack() as stack:
             try:
-                for port in range(first, first + 8):
+                for port in (*ports, *range(ports.stop, ports.stop + 4)):
                     stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return first
+            return ports
     raise ClusterFailedError("no free range of ports below 32000")

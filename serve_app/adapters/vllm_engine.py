@@ -15,8 +15,9 @@ import asyncio
 import copy
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -122,10 +123,13 @@ class VllmEngine:
             if stats is not None:
                 observe_step(stats)
 
-        llm = async_llm.AsyncLLM.from_engine_args(
-            vllm.AsyncEngineArgs(**_engine_arguments(settings)),
-            stat_loggers=[_step_logger_type(step_ended)],
-        )
+        config = vllm.AsyncEngineArgs(**_engine_arguments(settings)).create_engine_config()
+        with _threads_bound(config):
+            llm = async_llm.AsyncLLM.from_vllm_config(
+                config,
+                stat_loggers=[_step_logger_type(step_ended)],
+                disable_log_stats=True,  # its Prometheus numbers cost CPU per token; we count steps
+            )
         _drop_front_statistics(llm)
         engine = cls(llm, vllm, settings, clock)
         return engine
@@ -299,7 +303,6 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "max_num_seqs": settings.max_num_seqs,
         "scheduler_cls": "serve_app.adapters.vllm_scheduler.scheduler",
         "scheduling_policy": "priority",  # equal priorities are served in order of arrival
-        "disable_log_stats": True,  # its Prometheus numbers cost CPU per token; we count steps
         # Without it a small model fills its answer with white space up to max_tokens.
         "structured_outputs_config": {
             "backend": settings.structured_backend,
@@ -309,6 +312,12 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     if settings.device == "cpu":
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
         arguments["worker_cls"] = "serve_app.adapters.vllm_worker.SeedSafeWorker"
+        # The model runs in the engine's own process, as on a GPU. vLLM's way on a CPU, one more
+        # process, makes both spin for each other: in every step that takes a core from the rest.
+        # By its full name, because vLLM replaces the short one (it would set no threads).
+        arguments["distributed_executor_backend"] = (
+            "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+        )
     else:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     return arguments
@@ -320,6 +329,19 @@ def _set_environment(settings: EngineSettings) -> None:
     environment["VLLM_NO_USAGE_STATS"] = "1"  # nothing is reported to anyone
     if settings.device == "cpu" and settings.cpu_cores:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, settings.cpu_cores))
+
+
+@contextmanager
+def _threads_bound(config: Any) -> Iterator[None]:
+    """Have processes that start meanwhile run OpenMP on the cores that vLLM means for an engine.
+
+    OpenMP reads its settings when it is loaded, so they must be in the environment of the engine's
+    process from the start. Off a CPU this changes nothing.
+    """
+    from vllm.utils.ompmultiprocessing import OMPProcessManager  # noqa: PLC0415
+
+    with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
+        yield
 
 
 def _drop_front_statistics(llm: Any) -> None:
