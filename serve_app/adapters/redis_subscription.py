@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
 from serve_app.adapters.redis_nodes import Address, RedisNodes
 from serve_app.core.errors import StoreUnavailableError
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 MESSAGES_MAX = 1024  # read and not yet taken; beyond it a connection is not read, and backs up
 QUIET_S = 5.0  # then a server is asked whether it is still there; twice so long and it is lost
 ANSWER_TIMEOUT_S = 5.0  # for all answers to a subscribing
+HEARD_WITHIN_S = 10.0  # at the start; as long as a call waits for a server that starts again
 _RETRY_DELAY_S = 0.2
 
 Message = tuple[str, bytes]
@@ -45,15 +46,12 @@ class RedisSubscription:
         """Messages from the moment the context is entered, when every channel is subscribed to.
 
         Raises:
-            StoreUnavailableError: a server cannot be reached now.
+            StoreUnavailableError: a server stayed out of reach, or does not know us.
         """
         messages: asyncio.Queue[Message | None] = asyncio.Queue(MESSAGES_MAX)
         hearing = _Hearing(self._nodes, self._channels, messages)
         try:
-            try:
-                await hearing.settle()
-            except _LOST as error:
-                raise StoreUnavailableError(f"the store cannot be heard: {error}") from error
+            await self._settle_first(hearing)
             async with asyncio.TaskGroup() as group:
                 keeper = group.create_task(hearing.keep(self._clock, group))
                 try:
@@ -63,6 +61,18 @@ class RedisSubscription:
                     hearing.stop()
         finally:
             await hearing.close()
+
+    async def _settle_first(self, hearing: "_Hearing") -> None:
+        """A process that starts while its store does must wait like any other, and not end."""
+        give_up_s = self._clock.monotonic_s() + HEARD_WITHIN_S
+        while True:
+            try:
+                return await hearing.settle()
+            except _LOST as error:
+                is_refused = isinstance(error, AuthenticationError)
+                if is_refused or self._clock.monotonic_s() > give_up_s:
+                    raise StoreUnavailableError(f"the store cannot be heard: {error}") from error
+            await self._clock.sleep(_RETRY_DELAY_S)
 
 
 async def _taken(messages: "asyncio.Queue[Message | None]") -> AsyncIterator[Message | None]:

@@ -7,6 +7,7 @@ from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
 READ_BYTES = 65_536
+SILENCE_LOOK_S = 0.02
 
 
 class TcpProxy:
@@ -16,12 +17,15 @@ class TcpProxy:
         delay_s: added to everything that passes, each way; may be changed at any time.
         tls: what clients must speak; what is behind gets it in plain. Set it before it begins.
         is_refusing: new connections are closed at once; may be changed at any time.
+        is_silent: nothing passes and nobody is told, as on a half-open connection; likewise.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.delay_s = 0.0
         self.is_refusing = False
+        self.is_silent = False
         self.cut_count = 0
+        self.refused_count = 0
         self.port = 0
         self.tls: ssl.SSLContext | None = None
         self._target = (host, port)
@@ -73,6 +77,7 @@ class TcpProxy:
         writers = self._links[task] = [writer]
         try:
             if self.is_refusing:
+                self.refused_count += 1
                 return
             far_reader, far_writer = await asyncio.open_connection(*self._target)
             writers.append(far_writer)
@@ -91,6 +96,8 @@ class TcpProxy:
             while data := await reader.read(READ_BYTES):
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
+                while self.is_silent:
+                    await asyncio.sleep(SILENCE_LOOK_S)
                 writer.write(data)
                 await writer.drain()
         except OSError:
