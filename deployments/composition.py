@@ -5,21 +5,20 @@ Apart from the deployment, so that tests can run the same application without Ra
 
 from importlib.metadata import version
 
-from deployments.definitions import catalog_of, children_of, publish_definitions
+from deployments.definitions import catalog_of, children_of, flow_of, publish_definitions
+from deployments.events import events_of
 from deployments.webhooks import guarded_http, webhooks_of
-from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.metrics import ProcessMetrics
 from serve_app.adapters.redis_bells import RedisBells, ingress_channels
 from serve_app.adapters.redis_config import RedisKeys
 from serve_app.adapters.redis_connect import RedisConnections, metrics_of
-from serve_app.adapters.redis_gates import RedisGates
 from serve_app.adapters.redis_idempotency import RedisIdempotency
 from serve_app.adapters.redis_limits import RedisLimits
 from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.redis_sessions import RedisSessions
-from serve_app.adapters.redis_store import DAY_MS
 from serve_app.adapters.redis_usage import RedisUsage
+from serve_app.adapters.store_limits import DAY_MS
 from serve_app.adapters.vllm_openai_lazy import LazyOpenAi
 from serve_app.core.auth import SHOWN_CHARACTERS, KeyRecord, Scope
 from serve_app.core.limits import NO_LIMITS, Limit, Limits
@@ -30,7 +29,6 @@ from serve_app.ingress.views import render_sse
 from serve_app.ports import Clock, Entropy, OpenAiModel, OpenAiServing
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
-from serve_app.services.flow import Flow, FlowLimits
 from serve_app.services.health import Health
 from serve_app.services.hosts import Hosts
 from serve_app.services.inference import Inference
@@ -75,12 +73,7 @@ def compose(
             feeds,
             clock,
             entropy,
-            flow=Flow(
-                RedisGates(stores.calls, partition_count=settings.partitions),
-                CelExpressions(),
-                clock,
-                FlowLimits(settings.flow_waiting_max, settings.flow_ahead_s * 1000),
-            ),
+            flow=flow_of(settings, stores.calls, clock),
             timeout_default_ms=settings.timeout_default_ms,
         ),
         feeds=feeds,
@@ -89,6 +82,7 @@ def compose(
         idempotency=RedisIdempotency(stores.calls),
         usage=usage,
         limits=limits,
+        events=events_of(settings, stores.calls, entropy),
         webhooks=webhooks_of(settings, stores.calls, clock, entropy),
         authenticator=Authenticator(keys, limits, clock, settings),
         inference=inference,

@@ -44,16 +44,21 @@ def children_of(
     catalog: Callable[[], WorkflowCatalog],
 ) -> Children:
     """What starts workflows from steps."""
-    gates = RedisGates(calls, partition_count=settings.partitions)
-    limits = FlowLimits(settings.flow_waiting_max, settings.flow_ahead_s * 1000)
     return Children(
         catalog,
         JsonSchemas(),
-        Flow(gates, CelExpressions(), clock, limits),
+        flow_of(settings, calls, clock),
         clock,
         partition_count=settings.partitions,
         timeout_default_ms=settings.timeout_default_ms,
     )
+
+
+def flow_of(settings: Settings, calls: RedisCalls, clock: Clock) -> Flow:
+    """When accepted executions may start."""
+    gates = RedisGates(calls, partition_count=settings.partitions)
+    limits = FlowLimits(settings.flow_waiting_max, settings.flow_ahead_s * 1000)
+    return Flow(gates, CelExpressions(), clock, limits)
 
 
 async def publish_definitions(catalog: WorkflowCatalog, settings: Settings) -> None:

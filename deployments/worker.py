@@ -7,6 +7,7 @@ import asyncio
 import logging
 
 from deployments.definitions import catalog_of, children_of
+from deployments.events import carry_out_events
 from deployments.webhooks import endings_of, guarded_http
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
@@ -62,6 +63,7 @@ class Worker:
             settings.result_max_bytes,
         )
         self._catalog = catalog_of(self.stores.calls, types, clock)
+        carry_out_events(settings, self.stores, self._catalog, clock)
         on_end = endings_of(settings, self.stores.calls, clock).outgoing
         self._runtime = Runtime(
             self.stores.store,

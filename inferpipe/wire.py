@@ -259,12 +259,22 @@ class StepView(WireModel):
     waiting: WaitView | None = None
 
 
+class TriggerView(WireModel):
+    """What started an execution: `api` is a call, `parent` a step of the execution `id`."""
+
+    type: str
+    id: str | None = None
+    name: str | None = None
+    at: Timestamp | None = None
+
+
 class ExecutionRecord(ExecutionResult):
     """Everything `GET /v1/executions/{id}` tells, at any time of the execution's life."""
 
     progress: Annotated[float, Field(ge=0, le=100)] = 0
     retry_of: str | None = None
     user_id: str | None = None
+    trigger: TriggerView | None = None
     created_at: Timestamp
     started_at: Timestamp | None = None
     completed_at: Timestamp | None = None

@@ -21,6 +21,7 @@ from datetime import date
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
+from serve_app.core.app_events import AppEvent
 from serve_app.core.auth import KeyRecord, Principal
 from serve_app.core.delivery import (
     Attempt,
@@ -323,8 +324,8 @@ class StepCall:
         created: what the execution was accepted with.
         hand_over: the step waits from here on, once `run` has returned; the message leaves with
             the commit in which it begins to.
-        send: takes a log, an id and a body that leave with the commit of the step's result; only
-            for `compute`, whose result and commit are one.
+        send: takes an event that leaves with the commit of the step's result, its time filled in;
+            only for `compute`, whose result and commit are one.
         turn: of a model that has tools: which it may call now, and how the rounds before went.
     """
 
@@ -342,7 +343,7 @@ class StepCall:
     created: ExecutionCreated | None = None
     hand_over: Callable[[Wait, Outgoing], None] = lambda _wait, _outgoing: None
     publish: Callable[[float, str], None] = lambda _progress, _message: None
-    send: Callable[[str, str, bytes], None] = lambda _log, _message_id, _body: None
+    send: Callable[[AppEvent], None] = lambda _event: None
     turn: Turn | None = None
 
 
@@ -549,6 +550,10 @@ class WorkflowCatalog(Protocol):
 
     async def version(self, workspace: str, workflow_id: str, version: int) -> Workflow:
         """The version an execution was accepted with."""
+        ...
+
+    async def triggered(self, workspace: str) -> Sequence[tuple[int, Workflow]]:
+        """The latest versions that have triggers, shipped ones included."""
         ...
 
 

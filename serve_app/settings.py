@@ -190,6 +190,18 @@ class Settings(BaseSettings):
     flow_ahead_s: int = Field(
         600, ge=0, description="How far ahead of a workflow's rate limit an execution is accepted."
     )
+    event_max_bytes: int = Field(
+        256 << 10, ge=256, le=1 << 20, description="Largest event, as JSON; beyond it 413."
+    )
+    events_batch_max: int = Field(500, ge=1, le=10_000, description="Events in one request.")
+    events_kept_max: int = Field(
+        16_000,
+        ge=256,
+        description="Events kept of one workspace. Each partition has its share.",
+    )
+    events_retention_s: int = Field(
+        86400, ge=60, description="How long an event is kept, to be heard by who comes late."
+    )
     retention_s: int = Field(
         7 * 86400, ge=60, description="How long an ended execution can be read."
     )

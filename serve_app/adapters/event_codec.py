@@ -31,6 +31,7 @@ from serve_app.core.execution import (
 from serve_app.core.gates import Gate, Verdict
 from serve_app.core.inference import Usage
 from serve_app.core.journal import StoredEvent
+from serve_app.core.origin import Origin, Refusal
 from serve_app.core.retry import Backoff, RetryPolicy
 
 _STEP_FIELD = "st:"
@@ -67,6 +68,7 @@ def decode_event(
     if kind == "execution.created":
         members["retry"] = _retry(members["retry"])
         members["gates"] = tuple(Gate(**gate) for gate in members.get("gates", ()))
+        _read_origin(members)
     if kind == "gate.answered":
         members["verdict"] = Verdict(members["verdict"])
     return KINDS[kind](**members)
@@ -133,6 +135,15 @@ def decode_snapshot(
     if members.get("verdict") is not None:
         members["verdict"] = Verdict(members["verdict"])
     return replace(execution, **members)
+
+
+def _read_origin(members: dict[str, Any]) -> None:
+    """What came with triggers; older journals have none of it."""
+    members["cancel_on"] = tuple(members.get("cancel_on") or ())
+    if members.get("trigger") is not None:
+        members["trigger"] = Origin(**members["trigger"])
+    if members.get("refusal") is not None:
+        members["refusal"] = Refusal(**members["refusal"])
 
 
 def _step(members: dict[str, Any]) -> StepState:

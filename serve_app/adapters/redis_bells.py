@@ -4,8 +4,9 @@ Owns the channels' names and what is said on them. Invariant: bells are hints. A
 out of hearing a `Resubscribed` notice comes first, and whoever listens reads again.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 
 import msgpack
 
@@ -20,10 +21,15 @@ from serve_app.core.journal import (
     Assigned,
     DeliveriesDue,
     Notice,
+    OutboxRang,
     ReadyRang,
     Resubscribed,
 )
 from serve_app.ports import Clock
+
+_OF_PARTITIONS: Mapping[str, Callable[[int], Notice]] = MappingProxyType(
+    {"ready": ReadyRang, "due": DeliveriesDue, "relay": OutboxRang}
+)
 
 
 def ingress_channels(ingress_id: str, partition_count: int) -> tuple[str, ...]:
@@ -62,9 +68,8 @@ async def _notices(messages: AsyncIterator[Message | None]) -> AsyncIterator[Not
 
 def _notice(channel: str, data: bytes) -> Notice:
     kind, *members = msgpack.unpackb(data, raw=False)
-    if kind in {"ready", "due"}:
-        partition = int(channel[channel.index("{") + 1 : channel.index("}")])
-        return ReadyRang(partition) if kind == "ready" else DeliveriesDue(partition)
+    if kind in _OF_PARTITIONS:
+        return _OF_PARTITIONS[kind](int(channel[channel.index("{") + 1 : channel.index("}")]))
     if kind == "start":
         execution_id, token, created = members
         if not created or references((created,)):

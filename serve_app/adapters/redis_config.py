@@ -60,6 +60,7 @@ class RedisCatalog:
         self._parse = parse
         self._versions: dict[tuple[str, str, int], Workflow] = {}
         self._latest: _Cache[tuple[str, int] | None] = _Cache(clock)
+        self._triggered: _Cache[tuple[tuple[str, str, int], ...]] = _Cache(clock)
 
     async def define(self, workspace: str, document: object) -> Defined:
         """See `ports.WorkflowCatalog`."""
@@ -70,9 +71,16 @@ class RedisCatalog:
         if workspace != SHIPPED:
             base = await self._last_version(SHIPPED, workflow.id)
         version, is_new = await self._calls.fcall(
-            "ip1_define", CONFIG_KEY, workspace, workflow.id, data, base
+            "ip1_define",
+            CONFIG_KEY,
+            workspace,
+            workflow.id,
+            data,
+            base,
+            int(bool(workflow.triggers)),
         )
         self._latest.drop(f"{workspace}:{workflow.id}")
+        self._triggered.drop(workspace)
         return Defined(workflow, int(version), bool(is_new))
 
     def check(self, document: object) -> Workflow:
@@ -83,7 +91,24 @@ class RedisCatalog:
         """See `ports.WorkflowCatalog`."""
         was_there = await self._calls.fcall("ip1_undefine", CONFIG_KEY, workspace, workflow_id)
         self._latest.drop(f"{workspace}:{workflow_id}")
+        self._triggered.drop(workspace)
         return bool(was_there)
+
+    async def triggered(self, workspace: str) -> tuple[tuple[int, Workflow], ...]:
+        """See `ports.WorkflowCatalog`."""
+        cached = self._triggered.get(workspace)
+        found = cached[0] if cached else self._triggered.put(workspace, await self._ids(workspace))
+        return tuple(
+            [(version, await self._load(owner, one, version)) for owner, one, version in found]
+        )
+
+    async def _ids(self, workspace: str) -> tuple[tuple[str, str, int], ...]:
+        rows = await self._calls.fcall("ip1_triggered", CONFIG_KEY, workspace, SHIPPED)
+        return tuple(
+            (owner, name.decode(), int(version))
+            for owner, flat in zip((workspace, SHIPPED), rows, strict=True)
+            for name, version in zip(flat[::2], flat[1::2], strict=True)
+        )
 
     async def ids(self, workspace: str) -> tuple[str, ...]:
         """See `ports.WorkflowCatalog`."""

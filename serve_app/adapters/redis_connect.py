@@ -9,7 +9,8 @@ from typing import Any
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_metrics import RedisMetrics
 from serve_app.adapters.redis_nodes import RedisNodes, RedisOptions
-from serve_app.adapters.redis_store import DAY_MS, RedisStore, StoreLimits
+from serve_app.adapters.redis_store import RedisStore
+from serve_app.adapters.store_limits import DAY_MS, StoreLimits
 from serve_app.ports import Clock
 from serve_app.settings import Settings
 
@@ -54,12 +55,21 @@ def connect(settings: Settings, clock: Clock) -> RedisConnections:
         partition_count=settings.partitions,
         backlog_max=settings.backlog_max,
         retention_ms=settings.retention_s * 1000,
-        limits=StoreLimits(
-            settings.payload_inline_bytes, settings.input_max_bytes, settings.executions_kept_max
-        ),
+        limits=store_limits(settings),
         usage_kept_ms=settings.usage_retention_days * DAY_MS,
     )
     return RedisConnections(nodes, calls, store)
+
+
+def store_limits(settings: Settings) -> StoreLimits:
+    """The store's slice of the settings."""
+    return StoreLimits(
+        settings.payload_inline_bytes,
+        settings.input_max_bytes,
+        settings.executions_kept_max,
+        events_kept_max=settings.events_kept_max,
+        events_retention_ms=settings.events_retention_s * 1000,
+    )
 
 
 def metrics_of(

@@ -21,6 +21,8 @@
 --   p:ends                 zset    "<execution> <status> <ws> <wf>" that ended; score: when to forget it
 --   p:outbox               stream  messages for other partitions; p:seen zset, message ids applied here
 --   p:log:<name>           stream  what the relay delivered here
+--   p:ev:<ws>              stream  events of a workspace's topics here: n (name) b (JSON); cut and expired
+--                                  by INFERPIPE_EVENTS_KEPT_MAX and INFERPIPE_EVENTS_RETENTION_S
 --   p:gate:<name>          zset    executions inside a gate; :line zset, those that wait; :messages
 --                                  hash, what they asked; :value string, a cached result, its ttl
 --   p:rate:<name>          string  when a rate limit is next without debt; expires with it
@@ -42,6 +44,7 @@
 --   ip:{config}:hooks:<ws>    hash  webhook id -> "<revision> <record>"
 --   ip:{config}:wf:<ws>:<id>  hash  version -> definition, at:<version>, latest (live), last (ever)
 --   ip:{config}:wfs:<ws>      set   ids of live definitions
+--   ip:{config}:trig:<ws>     hash  id -> latest version, of live definitions that events start
 --   ip:{config}:keys          hash  key hash -> record
 --   ip:{config}:replicas      hash  replica id -> last report; sharded channel ip:{config}:reports
 --   ip:{config}:limit:<ws>:<key>  hash  requests and tokens of a limited key; lasts for its window
@@ -418,7 +421,7 @@ local function spend(keys, args)
   return 1
 end
 
--- define: ws id definition base -> {version, 1 when it is new}
+-- define: ws id definition base is_triggered -> {version, 1 when it is new}
 -- The same definition again keeps its version. Numbers go on from `base`, the latest of the
 -- definition that this one overrides, so that a number means one definition in a workspace.
 local function define(keys, args)
@@ -426,16 +429,31 @@ local function define(keys, args)
   local latest = tonumber(redis.call('HGET', key, 'latest') or '0')
   redis.call('SADD', keys[1] .. ':wfs:' .. args[1], args[2])
   if latest > 0 and redis.call('HGET', key, text(latest)) == args[3] then return {latest, 0} end
+  redis.call('HDEL', keys[1] .. ':trig:' .. args[1], args[2])
   local version = math.max(tonumber(redis.call('HGET', key, 'last') or '0'), tonumber(args[4])) + 1
   redis.call('HSET', key, text(version), args[3], 'latest', version, 'last', version,
     'at:' .. text(version), text(now_ms()))
+  if args[5] == '1' then redis.call('HSET', keys[1] .. ':trig:' .. args[1], args[2], version) end
   return {version, 1}
 end
 
 -- undefine: ws id -> 1 when it was there; versions stay for the executions that run them
 local function undefine(keys, args)
   redis.call('SREM', keys[1] .. ':wfs:' .. args[1], args[2])
+  redis.call('HDEL', keys[1] .. ':trig:' .. args[1], args[2])
   return redis.call('HDEL', keys[1] .. ':wf:' .. args[1] .. ':' .. args[2], 'latest')
+end
+
+-- triggered: ws shipped -> {ws's own id, version...}, {shipped id, version...}: what events start;
+-- a shipped one that the workspace has overridden is left out
+local function triggered(keys, args)
+  local theirs, shipped = {}, redis.call('HGETALL', keys[1] .. ':trig:' .. args[2])
+  for i = 1, #shipped, 2 do
+    if redis.call('SISMEMBER', keys[1] .. ':wfs:' .. args[1], shipped[i]) == 0 then
+      theirs[#theirs + 1], theirs[#theirs + 2] = shipped[i], shipped[i + 1]
+    end
+  end
+  return {redis.call('HGETALL', keys[1] .. ':trig:' .. args[1]), theirs}
 end
 
 redis.register_function('ip1_create', create)
@@ -450,3 +468,4 @@ redis.register_function('ip1_apply', apply)
 redis.register_function('ip1_spend', spend)
 redis.register_function('ip1_define', define)
 redis.register_function('ip1_undefine', undefine)
+redis.register_function('ip1_triggered', triggered)

@@ -7,8 +7,7 @@ the sequence number it was decided on, like anybody's append.
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +21,6 @@ from serve_app.adapters.event_codec import (
 )
 from serve_app.adapters.metrics import execution_ended
 from serve_app.adapters.payloads import (
-    INLINE_BYTES,
     NO_PAYLOADS,
     Splitter,
     references,
@@ -30,9 +28,12 @@ from serve_app.adapters.payloads import (
 )
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_children import send_all, take_child_message
+from serve_app.adapters.redis_events import RedisEvents
 from serve_app.adapters.redis_index import Flat, RedisIndex, fields_of, partition_key
 from serve_app.adapters.redis_usage import booking_args
 from serve_app.adapters.redis_verdicts import entrance, take_verdict
+from serve_app.adapters.store_limits import DAY_MS, DEFAULT_LIMITS, StoreLimits
+from serve_app.core.app_events import CARRIED_OUT_LOGS, EVENT_LOG
 from serve_app.core.children import CHILD_LOGS
 from serve_app.core.errors import BodyTooLargeError, OverloadedError, StoreUnavailableError
 from serve_app.core.execution import Execution, ExecutionCreated, Status, new_execution
@@ -54,31 +55,12 @@ from serve_app.ports import Accepted, ListQuery
 
 logger = logging.getLogger(__name__)
 
-DAY_MS = 24 * 3600 * 1000
+Take = Callable[[Outgoing], Awaitable[bool]]
+
 # Logs that are more than a list: what applies a message there, by the word before the colon.
 APPLIED_BY = MappingProxyType({"webhook": "ip1_webhook_accept", GATE_LOG: "ip1_gate"})
 GATE_HOPS_MAX = 3  # gates asked in a row by one relay: a route has two, and its execution one more
 RELAY_NOW_MAX = 64  # messages sent by an acceptance; more are a worker's work
-
-
-@dataclass(frozen=True, slots=True)
-class StoreLimits:
-    """What may be large or many, and where it ends.
-
-    Args:
-        inline_bytes: a stored record above it keeps its large members apart.
-        input_bytes: an execution's input, as JSON.
-        kept_max: executions of one workspace; the oldest that ended goes first.
-        page_bytes: payloads read with one page of a journal; the page ends there.
-    """
-
-    inline_bytes: int = INLINE_BYTES
-    input_bytes: int = 8 << 20
-    kept_max: int = 1_000_000
-    page_bytes: int = 16 << 20
-
-
-DEFAULT_LIMITS = StoreLimits()
 
 
 class RedisStore:
@@ -102,6 +84,8 @@ class RedisStore:
         self._limits = limits
         self._kept_max = max(1, limits.kept_max // partition_count)
         self._index = RedisIndex(calls, partition_count)
+        self._events = RedisEvents(calls, partition_count=partition_count, limits=limits)
+        self._takers: dict[str, Take] = {}
 
     @property
     def partition_count(self) -> int:
@@ -278,9 +262,17 @@ class RedisStore:
             return await take_verdict(self, outgoing)
         if outgoing.log in CHILD_LOGS:
             return await take_child_message(self, outgoing)
+        if outgoing.log in CARRIED_OUT_LOGS:
+            return await self._takers[outgoing.log](outgoing)
         args = (outgoing.message_id, outgoing.log, outgoing.body)
-        function = APPLIED_BY.get(outgoing.log.partition(":")[0], "ip1_apply")
-        return bool(await self._calls.fcall(function, key, *args))
+        kind = outgoing.log.partition(":")[0]
+        if kind == EVENT_LOG:
+            return await self._events.take(outgoing)
+        return bool(await self._calls.fcall(APPLIED_BY.get(kind, "ip1_apply"), key, *args))
+
+    def take_by(self, log: str, take: Take) -> None:
+        """Say who carries out the messages of a log; where nobody does, they wait for others."""
+        self._takers[log] = take
 
     async def relay(self, partition: int, limit: int, answers_hops: int = GATE_HOPS_MAX) -> int:
         """See `ports.WorkerStore`; the answers of gates are relayed with what asked for them.
@@ -291,6 +283,7 @@ class RedisStore:
         """
         outbox = f"{partition_key(partition)}:outbox"
         rows = await self._calls.call("XRANGE", outbox, "-", "+", "COUNT", limit)
+        rows = [row for row in rows if self._can_take(_outgoing(row[1]).log)]
         outcomes = await send_all([_outgoing(members) for _, members in rows], self.send)
         failures = [one for one in outcomes if isinstance(one, BaseException)]
         sent = [
@@ -307,6 +300,9 @@ class RedisStore:
         for target in gates - {partition} if answers_hops else ():
             await self.relay(target, limit, answers_hops - 1)
         return len(rows)
+
+    def _can_take(self, log: str) -> bool:
+        return log not in CARRIED_OUT_LOGS or log in self._takers
 
     async def _relay_now(self, execution_id: str) -> None:
         """Send what an acceptance left in the outbox; if that fails, a worker's heartbeat does."""

@@ -20,6 +20,7 @@ from serve_app.core.retry import RetryPolicy
 from serve_app.core.step_graph import Level, Place, graph_problems
 from serve_app.core.template import OPEN, Loc, split
 from serve_app.core.tool_definition import TOOL_SETTINGS, CheckSchema, ToolForms, is_with_tools
+from serve_app.core.trigger_definition import cancel_on, triggers
 from serve_app.core.workflow import COMPOSITES, Block, Step, Workflow
 
 StepCheck: TypeAlias = Callable[[JsonValue], Sequence[Problem]]
@@ -34,11 +35,14 @@ WORKFLOW_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 STEP_ID = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")  # an identifier, so that CEL can select it
 STEP_ID_FORM = "letters, digits and _, no digit first"
 FLOW_KEYS = ("concurrency", "rateLimit", "cache")
-WORKFLOW_KEYS = ("id", "description", "input", "timeout", "retry", *FLOW_KEYS, "steps", "output")
+TRIGGER_KEYS = ("triggers", "cancelOn")
+WORKFLOW_KEYS = (
+    *("id", "description", "input", *TRIGGER_KEYS, "timeout", "retry", *FLOW_KEYS),
+    *("steps", "output"),
+)
 BODY_KEYS = ("retry", "timeout")
 STEP_KEYS = ("id", "needs", "when", *BODY_KEYS)
 ANSWER_KEYS = frozenset({"version", "createdAt"})  # GET adds them, so that PUT ignores them
-WORKFLOW_KEYS_TO_COME = frozenset({"triggers"})
 STEP_TYPES_TO_COME = frozenset({"app"})
 WAITS = ("sleep", "approval", "wait_for_event", "workflow")
 COMPOSITE_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -101,7 +105,7 @@ class _Parsing:
 
     def workflow(self, document: dict[str, JsonValue]) -> Workflow:
         checks = self._checks
-        checks.refuse_unknown(document, (), WORKFLOW_KEYS, WORKFLOW_KEYS_TO_COME)
+        checks.refuse_unknown(document, (), WORKFLOW_KEYS)
         allowed = "lower-case letters, digits and dashes"
         workflow_id = checks.identifier(document, (), WORKFLOW_ID, allowed)
         description = self._description(document)
@@ -109,6 +113,7 @@ class _Parsing:
         timeout_ms = checks.duration(document, "timeout", ())
         retry = checks.retry(document, ())
         flow = flow_control(document, checks)
+        started_by, cancelled_by = triggers(document, checks), cancel_on(document, checks)
         root = Level(("steps",))
         steps = self._steps(document.get("steps"), root)
         if "output" in document:
@@ -127,6 +132,8 @@ class _Parsing:
             steps=steps,
             document=document,
             flow=flow,
+            triggers=started_by,
+            cancel_on=cancelled_by,
         )
 
     def _description(self, document: Mapping[str, JsonValue]) -> str:

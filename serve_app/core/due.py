@@ -115,6 +115,9 @@ def cut_off_code(execution: Execution, now_ms: int) -> ErrorCode:
 
 def _first(execution: Execution, now_ms: int) -> tuple[Event, ...]:
     """What follows acceptance: a start, a result that another execution has, or a refusal."""
+    refusal = execution.created.refusal
+    if refusal is not None:
+        return (ExecutionFailed(now_ms, refusal.message, refusal.code),)
     if execution.is_at_gate:
         return ()
     if execution.verdict is Verdict.REFUSED:

@@ -17,6 +17,7 @@ from typing import get_args
 from serve_app.core.errors import IllegalTransitionError
 from serve_app.core.gates import Gate, Verdict
 from serve_app.core.inference import NO_USAGE, JsonValue, Usage
+from serve_app.core.origin import Origin, Refusal
 from serve_app.core.retry import RetryPolicy
 
 NO_RETRY = RetryPolicy()
@@ -65,6 +66,10 @@ class ExecutionCreated:
         gates: what it must pass before it starts, in order.
         parent: the execution whose step waits for this one.
         depth: how many parents there are above it.
+        trigger: what started it, where nobody's call did.
+        refusal: it ends with this instead of running.
+        cancel_on: names of the events that may cancel it; the definition has their conditions.
+        hops: how many executions in a row were started by events, up to it.
     """
 
     at_ms: int
@@ -85,6 +90,10 @@ class ExecutionCreated:
     gates: tuple[Gate, ...] = ()
     parent: str | None = None
     depth: int = 0
+    trigger: Origin | None = None
+    refusal: Refusal | None = None
+    cancel_on: tuple[str, ...] = ()
+    hops: int = 0
 
     @property
     def deadline_ms(self) -> int | None:

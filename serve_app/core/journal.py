@@ -160,6 +160,13 @@ class ReadyRang:
 
 
 @dataclass(frozen=True, slots=True)
+class OutboxRang:
+    """Notice: the partition's outbox has something, and this worker is asked to relay it."""
+
+    partition: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeliveriesDue:
     """Notice: the partition has webhook deliveries to send."""
 
@@ -171,4 +178,4 @@ class Resubscribed:
     """Notice: the connection was lost and is back; whatever was rung meanwhile was not heard."""
 
 
-Notice = Assigned | Appended | ReadyRang | DeliveriesDue | Resubscribed
+Notice = Assigned | Appended | ReadyRang | OutboxRang | DeliveriesDue | Resubscribed

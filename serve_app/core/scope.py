@@ -49,7 +49,7 @@ def scope_of(execution: Execution, workflow: Workflow, path: str = "") -> dict[s
     scope: dict[str, object] = {
         "input": created.input,
         "steps": steps,
-        "event": {},
+        "event": {} if created.trigger is None else created.trigger.shown(created.input),
         "execution": {
             "id": execution.id,
             "workflowId": created.workflow_id,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from serve_app.core.inference import JsonValue
 from serve_app.core.retry import RetryPolicy
+from serve_app.core.triggers import CancelOn, Trigger
 
 DURATION_MS_MAX = 366 * 86_400_000
 COMPOSITES = ("parallel", "map", "branch", "loop")  # types whose settings hold steps
@@ -117,11 +118,18 @@ class Workflow:
     steps: tuple[Step, ...]
     document: Mapping[str, JsonValue]
     flow: FlowControl = NO_FLOW_CONTROL
+    triggers: tuple[Trigger, ...] = ()
+    cancel_on: tuple[CancelOn, ...] = ()
 
     _by_id: Mapping[str, Step] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_id", {step.id: step for step in every_step(self.steps)})
+
+    @property
+    def cancel_names(self) -> tuple[str, ...]:
+        """The events that may cancel an execution, each once."""
+        return tuple(dict.fromkeys(one.event for one in self.cancel_on))
 
     def step(self, path: str) -> Step:
         """The step that a runtime id names: its own id, or a path that ends in it.

@@ -37,6 +37,7 @@ from serve_app.ports import (
     UsageLedger,
     WorkflowCatalog,
 )
+from serve_app.services.events import Events
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
@@ -71,6 +72,7 @@ class Services:
     idempotency: Idempotency
     usage: UsageLedger
     limits: KeyLimits
+    events: Events
     webhooks: Webhooks
     authenticator: Authenticator
     health: Health
@@ -98,7 +100,7 @@ class Services:
 
 def create_app(services: Services) -> FastAPI:
     """The application over ready services."""
-    from serve_app.ingress.compat import openai, websocket  # noqa: PLC0415 - as below
+    from serve_app.ingress.compat import events, openai, websocket  # noqa: PLC0415 - as below
     from serve_app.ingress.routes import (  # noqa: PLC0415 - routes import Services
         decisions,
         executions,
@@ -138,6 +140,7 @@ def create_app(services: Services) -> FastAPI:
         sessions,
         websocket,
         openai,
+        events,
     ):
         app.include_router(routes.router)
     app.add_exception_handler(ServeAppError, _on_error)

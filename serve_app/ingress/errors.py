@@ -71,12 +71,18 @@ _PROBLEMS_SHOWN_MAX = 50
 
 def problem_response(error: ServeAppError, request_id: str) -> Response:
     """The native error answer."""
+    body = orjson.dumps(problem_body(error, request_id))
+    status = STATUS[ErrorCode(error.code)]
+    return Response(body, status, error_headers(error), "application/problem+json")
+
+
+def problem_body(error: ServeAppError, request_id: str) -> dict[str, object]:
+    """The members of the native error answer."""
     code = ErrorCode(error.code)
-    status = STATUS[code]
     body: dict[str, object] = {
         "type": f"urn:inferpipe:error:{code.lower().replace('_', '-')}",
         "title": code.replace("_", " ").capitalize(),
-        "status": status,
+        "status": STATUS[code],
         "detail": str(error),
         "code": code,
         "requestId": request_id,
@@ -84,7 +90,7 @@ def problem_response(error: ServeAppError, request_id: str) -> Response:
     if isinstance(error, InvalidRequestError):
         shown = error.problems[:_PROBLEMS_SHOWN_MAX]
         body["errors"] = [{"loc": list(problem.loc), "msg": problem.msg} for problem in shown]
-    return Response(orjson.dumps(body), status, error_headers(error), "application/problem+json")
+    return body
 
 
 def error_headers(error: ServeAppError) -> dict[str, str]:

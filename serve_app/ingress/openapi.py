@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 _COMPONENTS = "#/components/schemas/"
 _KEYLESS_TAG = "health"
+_KEY_IN_PATH = ("/e/",)
 _STREAM_TOKEN_PATHS = ("/stream", "/v1/executions/{execution_id}/stream")
 _KEYS: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]
 _SECURITY_SCHEMES = {
@@ -132,7 +133,7 @@ def _complete(document: dict[str, Any]) -> None:
     for path, operation in _operations(document):
         for content in operation.get("requestBody", {}).get("content", {}).values():
             content["schema"] = _named(content["schema"], schemas)
-        if _KEYLESS_TAG in operation.get("tags", ()):
+        if _KEYLESS_TAG in operation.get("tags", ()) or path.startswith(_KEY_IN_PATH):
             operation["security"] = []
         elif path.startswith(_STREAM_TOKEN_PATHS):
             operation["security"] = [*_KEYS, {"streamToken": []}]
@@ -180,7 +181,7 @@ def _describe_response(status: str, response: dict[str, Any], operation: dict[st
 
 def _is_problem(content: dict[str, Any]) -> bool:
     schema = content["application/json"].get("schema", {})
-    return bool(schema.get("$ref") == f"{_COMPONENTS}Problem")
+    return str(schema.get("$ref")).endswith("Problem")  # ours, or one with more members
 
 
 def _named(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def record_view(execution: Execution, workflow: Workflow | None) -> dict[str, ob
         "progress": progress_percent(execution, workflow),
         "retryOf": execution.created.retry_of,
         "userId": execution.created.user_id,
+        "trigger": _trigger_view(execution),
         "createdAt": timestamp(execution.created.at_ms),
         "startedAt": _optional(execution.started_at_ms),
         "completedAt": _optional(execution.completed_at_ms),
@@ -81,6 +82,17 @@ def record_view(execution: Execution, workflow: Workflow | None) -> dict[str, ob
             )
         ],
     }
+
+
+def _trigger_view(execution: Execution) -> dict[str, object]:
+    """What started it: `api` is somebody's call."""
+    created, origin = execution.created, execution.created.trigger
+    if origin is not None:
+        at = timestamp(origin.ts)
+        return {"type": origin.kind, "id": origin.id, "name": origin.name, "at": at}
+    if created.parent is not None:
+        return {"type": "parent", "id": created.parent, "name": None, "at": None}
+    return {"type": "api", "id": None, "name": None, "at": None}
 
 
 def _place_of(path: str, order: Mapping[str, int]) -> list[int]:

@@ -78,6 +78,8 @@ class Children:
             mode=parent.mode,
             parent=call.execution_id,
             depth=parent.depth + 1,
+            cancel_on=workflow.cancel_names,
+            hops=parent.hops,
         )
         admitted = await self._flow.admit(created, workflow.flow, may_wait=True)
         count = self._partition_count

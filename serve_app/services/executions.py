@@ -27,7 +27,7 @@ from serve_app.core.journal import (
     execution_id,
 )
 from serve_app.core.retry import RetryPolicy
-from serve_app.core.workflow import NO_FLOW_CONTROL, FlowControl
+from serve_app.core.workflow import NO_FLOW_CONTROL, FlowControl, Workflow
 from serve_app.ports import (
     Clock,
     Entropy,
@@ -234,12 +234,15 @@ class Executions:
             NotTerminalError: it has not ended.
             RateLimitExceededError: the workflow's flow control refuses it.
             InvalidRequestError: `wish.from_step` is no step of it.
+            InvalidInputError: an event brought an input that it does not take.
         """
         original = await self.load(workspace, an_execution_id)
         if not original.is_terminal:
             raise NotTerminalError(f"execution {original.id} is {original.status}; cancel it first")
         old = original.created
         workflow = await self._catalog.version(workspace, old.workflow_id, old.workflow_version)
+        if old.refusal is not None:
+            self._check_input(workflow, old.input)
         created = replace(
             old,
             at_ms=self._clock.now_ms(),
@@ -249,6 +252,7 @@ class Executions:
             kept=kept_for_retry(original, workflow, wish.from_step),
             key_id=wish.key_id,
             gates=(),
+            refusal=None,
         )
         new_id = self.new_id(workspace, f"retry/{an_execution_id}", wish.idempotency_key)
         # Whoever retries wants it run again, not the result that another one has.
@@ -277,13 +281,7 @@ class Executions:
 
     async def _prepare(self, submission: Submission) -> tuple[Execution, int]:
         version, workflow = await self._catalog.latest(submission.workspace, submission.workflow_id)
-        if workflow.input_schema is not None:
-            problems = self._schemas.problems(workflow.input_schema, submission.input)
-            if problems:
-                raise InvalidInputError(
-                    f"input does not satisfy the schema of {submission.workflow_id}",
-                    [Problem(("input", *problem.loc), problem.msg) for problem in problems],
-                )
+        self._check_input(workflow, submission.input)
         timeout_ms = submission.timeout_ms or workflow.timeout_ms or self._timeout_default_ms
         created = ExecutionCreated(
             at_ms=self._clock.now_ms(),
@@ -299,6 +297,7 @@ class Executions:
             request_hash=submission.request_hash,
             key_id=submission.key_id,
             mode=submission.mode,
+            cancel_on=workflow.cancel_names,
         )
         flow = workflow.flow
         if submission.cache_ttl_ms is not None:
@@ -310,6 +309,16 @@ class Executions:
             is_repeatable=submission.idempotency_key is not None,
             may_wait=submission.mode == "async",
         )
+
+    def _check_input(self, workflow: Workflow, value: JsonValue) -> None:
+        if workflow.input_schema is None:
+            return
+        problems = self._schemas.problems(workflow.input_schema, value)
+        if problems:
+            raise InvalidInputError(
+                f"input does not satisfy the schema of {workflow.id}",
+                [Problem(("input", *problem.loc), problem.msg) for problem in problems],
+            )
 
     async def _create(self, new: Execution, start_at_ms: int) -> Started:
         accepted = await self._store.create(

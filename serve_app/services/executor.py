@@ -18,6 +18,7 @@ from serve_app.core.journal import (
     DeliveriesDue,
     Heartbeat,
     Notice,
+    OutboxRang,
     Owned,
     ReadyRang,
     Resubscribed,
@@ -133,6 +134,8 @@ class Executor:
                         held.driver.notify(events)
                 case ReadyRang(partition=partition):
                     self._claim_soon(partition, group)
+                case OutboxRang(partition=partition):
+                    self._relay_soon(partition, group)
                 case DeliveriesDue():
                     pass  # a dispatcher's; no worker subscribes to it
                 case Resubscribed():

@@ -136,7 +136,7 @@ class Flow:
             return ""
         scope = {
             "input": created.input,
-            "event": {},
+            "event": {} if created.trigger is None else created.trigger.shown(created.input),
             "execution": {
                 "workflowId": created.workflow_id,
                 "workspaceId": created.workspace,

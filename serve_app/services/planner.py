@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from serve_app.core.app_events import event_message
 from serve_app.core.children import cancels, end
 from serve_app.core.decisions import (
     Fact,
@@ -31,7 +32,7 @@ from serve_app.core.execution import (
 )
 from serve_app.core.failures import StepErrored
 from serve_app.core.inference import Usage
-from serve_app.core.journal import Outgoing, partition_for
+from serve_app.core.journal import Outgoing
 from serve_app.core.scope import scope_of
 from serve_app.core.template import render
 from serve_app.core.tools import turn_of
@@ -144,7 +145,7 @@ class Planner:
             for event in due:
                 if isinstance(event, StepStarted):
                     self._compute(plan, event, now_ms)
-        partition_count = self._runtime.store.partition_count
+        partition_count = self._partition_count
         plan.outgoing += cancels(plan.after, plan.events, partition_count)
         if plan.after.is_terminal:
             plan.outgoing += end(plan.after, partition_count)
@@ -211,8 +212,8 @@ class Planner:
                 publish=lambda progress, message: said.append(
                     StepProgressed(now_ms, step_id, progress, message)
                 ),
-                send=lambda log, message_id, body: sent.append(
-                    self._outgoing(log, message_id, body)
+                send=lambda event: sent.append(
+                    event_message(replace(event, ts=now_ms), self._partition_count)
                 ),
             )
             fact = StepFinished(step_id, attempt, step_type.compute(call))
@@ -225,9 +226,9 @@ class Planner:
             fact = StepErrored(step_id, attempt, BROKEN, ErrorCode.INTERNAL)
         plan.add(self._recorded(plan.after, fact, now_ms))
 
-    def _outgoing(self, log: str, message_id: str, body: bytes) -> Outgoing:
-        partition = partition_for(self._runtime.store.partition_count, message_id)
-        return Outgoing(message_id, partition, log, body)
+    @property
+    def _partition_count(self) -> int:
+        return self._runtime.store.partition_count
 
     def _recorded(self, execution: Execution, fact: Fact, now_ms: int) -> tuple[Event, ...]:
         jitter = self._runtime.entropy.uniform() if isinstance(fact, StepErrored) else 0.0

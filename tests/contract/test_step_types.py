@@ -19,7 +19,7 @@ from serve_app.ports import HttpAnswer, HttpRequest, StepCall, StepType
 from serve_app.services.inference import Inference
 from serve_app.steps import step_types
 from tests.support.api import ScriptedPlane
-from tests.support.workflows import T0, ToyEntropy
+from tests.support.workflows import CREATED, T0, ToyEntropy
 
 NOW_MS = T0 + 5_000
 
@@ -146,7 +146,7 @@ FIXTURES = {
     ),
     "emit": Fixture(
         good=[{"name": "a/b"}, {"name": "a/{{ input }}", "data": "{{ input }}"}],
-        bad=[("a/b", ()), ({"data": 1}, ("name",)), ({"name": ""}, ("name",))],
+        bad=[("a/b", ()), ({"data": 1}, ("name",)), ({"name": "*"}, ("name",))],
         filled={"name": "a/b", "data": 1},
         gives={"id": "evt_" + hashlib.sha256(b"exe_00test/s/1").hexdigest()[:32]},
     ),
@@ -188,6 +188,7 @@ def a_call(fixture: Fixture, **members: Any) -> StepCall:
         "priority": 0,
         "emit": lambda text, ids: None,
         "report_usage": lambda usage: None,
+        "created": CREATED,
     }
     return StepCall(**{**given, **members})
 

@@ -42,7 +42,8 @@ def known(url: str) -> dict[str, str]:
         key = http.post("/v1/keys", json={"name": "k", "scopes": ["read"]}).json()
         definition = {"steps": [{"id": "a", "echo": {}}]}
         http.put("/v1/workflows/known", json=definition).raise_for_status()
-    return {"execution_id": execution["id"], "key_id": key["id"], "workflow_id": "known"}
+    ids = {"execution_id": execution["id"], "key_id": key["id"], "workflow_id": "known"}
+    return {**ids, "event_key": ADMIN_KEY}
 
 
 @SCHEMA.parametrize()

@@ -10,6 +10,7 @@ from serve_app.core.execution import KINDS, Event, ExecutionCreated, Wait, WaitK
 from serve_app.core.gates import Gate, Verdict
 from serve_app.core.inference import Usage
 from serve_app.core.journal import StoredEvent
+from serve_app.core.origin import Origin, Refusal
 from serve_app.core.retry import Backoff, RetryPolicy
 
 INT_MAX = 2**63 - 1  # what JSON bodies and CEL give at most
@@ -37,6 +38,7 @@ policies = st.builds(
     initial_delay_ms=counts,
 )
 gates = st.builds(Gate, name=texts, limit=counts, waiting_max=counts, ttl_ms=st.none() | counts)
+origins = st.builds(Origin, texts, texts, texts, times, json_values)
 MEMBERS: dict[str, st.SearchStrategy[object]] = {
     "at_ms": times,
     "wake_at_ms": times,
@@ -60,6 +62,10 @@ MEMBERS: dict[str, st.SearchStrategy[object]] = {
     "items": st.lists(json_values, max_size=4).map(tuple),
     "gates": st.lists(gates, max_size=2).map(tuple),
     "verdict": st.sampled_from(Verdict),
+    "trigger": st.none() | origins,
+    "refusal": st.none() | st.builds(Refusal, texts, texts),
+    "cancel_on": st.lists(texts, max_size=2).map(tuple),
+    "hops": counts,
     "value": json_values,
     "token_ids": st.lists(counts, max_size=5).map(tuple),
 }

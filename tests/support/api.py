@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from deployments.composition import compose, publish
 from deployments.definitions import children_of
+from deployments.events import carry_out_events
 from deployments.webhooks import endings_of, guarded_http
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
@@ -117,6 +118,7 @@ async def running_api(
     types = step_types(
         inference, JsonSchemas(), entropy, way_out, settings.http_answer_max_bytes, children
     )
+    carry_out_events(settings, stores, services.catalog, clock)
     endings = endings_of(settings, stores.calls, clock)
     runtime = Runtime(stores.store, types, CelExpressions(), clock, entropy, endings.outgoing)
     bells = RedisBells(stores.nodes, worker_channels("w1", settings.partitions), clock)

@@ -108,7 +108,7 @@ def test_execution_record_adds_its_members_and_writes_utc() -> None:
     record = ExecutionRecord(**RESULT.model_dump(by_alias=False), created_at=created_at)
     dump = record.model_dump(mode="json")
     assert dump.keys() - RESULT.model_dump().keys() == {
-        "progress", "retryOf", "userId", "createdAt", "startedAt", "completedAt", "steps"
+        "progress", "retryOf", "userId", "trigger", "createdAt", "startedAt", "completedAt", "steps"
     }  # fmt: skip
     assert dump["createdAt"] == "2026-11-21T05:24:00Z"
 

@@ -129,7 +129,6 @@ def test_an_unknown_step_is_a_key_error() -> None:
         (workflow(id=3), ("id",)),
         (workflow(description=3), ("description",)),
         (workflow(stepz=[]), ("stepz",)),
-        (workflow(triggers=[]), ("triggers",)),
         (workflow(concurrency=3), ("concurrency",)),
         (workflow(concurrency={}), ("concurrency", "limit")),
         (workflow(concurrency={"limit": 0}), ("concurrency", "limit")),
@@ -246,12 +245,6 @@ def test_all_problems_are_told_at_once() -> None:
         ("steps", 1, "needs"),
         ("output",),
     }
-
-
-@pytest.mark.parametrize("key", ["triggers"])
-def test_what_this_release_does_not_carry_out_is_said(key: str) -> None:
-    (problem,) = problems_of(workflow(**{key: {}}))
-    assert problem.msg.startswith("this release does not carry out")
 
 
 def test_flow_control_is_read() -> None:

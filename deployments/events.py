@@ -1,0 +1,36 @@
+"""What of events each process holds: the ingress publishes, the executor carries out."""
+
+from deployments.definitions import flow_of
+from serve_app.adapters.cel_expressions import CelExpressions
+from serve_app.adapters.json_schema import JsonSchemas
+from serve_app.adapters.redis_calls import RedisCalls
+from serve_app.adapters.redis_connect import RedisConnections, store_limits
+from serve_app.adapters.redis_events import RedisEvents
+from serve_app.core.app_events import FAN_OUT_LOG
+from serve_app.ports import Clock, Entropy, WorkflowCatalog
+from serve_app.services.events import EventLimits, Events
+from serve_app.services.fan_out import FanOut
+from serve_app.services.triggered_starts import TriggeredStarts
+from serve_app.settings import Settings
+
+
+def events_of(settings: Settings, calls: RedisCalls, entropy: Entropy) -> Events:
+    """The use cases of a sender."""
+    limits = EventLimits(settings.event_max_bytes, settings.events_batch_max, settings.backlog_max)
+    store = RedisEvents(calls, partition_count=settings.partitions, limits=store_limits(settings))
+    return Events(store, entropy, limits)
+
+
+def carry_out_events(
+    settings: Settings, stores: RedisConnections, catalog: WorkflowCatalog, clock: Clock
+) -> None:
+    """Let the relay of this process carry events out."""
+    starts = TriggeredStarts(
+        stores.store,
+        JsonSchemas(),
+        flow_of(settings, stores.calls, clock),
+        clock,
+        timeout_default_ms=settings.timeout_default_ms,
+    )
+    fan_out = FanOut(stores.store, catalog, CelExpressions(), starts)
+    stores.store.take_by(FAN_OUT_LOG, fan_out.take)

@@ -1,0 +1,95 @@
+"""The `triggers` and `cancelOn` of a definition.
+
+Owns their form. Carries nothing out. Invariant: a condition mentions only what is there when it is
+evaluated, which is before any step has run.
+"""
+
+from collections.abc import Mapping
+
+from serve_app.core.app_events import event_name_problem
+from serve_app.core.definition_checks import Checks
+from serve_app.core.inference import JsonValue
+from serve_app.core.step_graph import Level, Place
+from serve_app.core.template import Loc, outline
+from serve_app.core.triggers import WILDCARD, CancelOn, EventTrigger, Trigger
+
+TRIGGERS_MAX = 20  # each is asked for every event of the workspace
+CANCEL_ON_MAX = 10  # each is a subscription of every execution
+EVENT_KEYS = ("event", "if")
+_HIDDEN = frozenset({"input", "steps", "execution", "item", "index"})
+
+
+def triggers(document: Mapping[str, JsonValue], checks: Checks) -> tuple[Trigger, ...]:
+    """What starts the workflow by itself; mistakes go to `checks`."""
+    found = []
+    for value, loc in _objects(
+        document, "triggers", TRIGGERS_MAX, "{event: app/ticket.created}", checks
+    ):
+        checks.refuse_unknown(value, loc, EVENT_KEYS)
+        name = value.get("event")
+        problem = None if name == WILDCARD else _pattern_problem(name)
+        if problem is not None:
+            checks.note((*loc, "event"), f"{problem}; `*` may end it")
+        condition = _condition(value, loc, _HIDDEN, checks)
+        found.append(EventTrigger(str(name), condition))
+    return tuple(found)
+
+
+def cancel_on(document: Mapping[str, JsonValue], checks: Checks) -> tuple[CancelOn, ...]:
+    """Which events cancel an execution; mistakes go to `checks`."""
+    found = []
+    for value, loc in _objects(
+        document, "cancelOn", CANCEL_ON_MAX, "{event: app/ticket.closed}", checks
+    ):
+        checks.refuse_unknown(value, loc, EVENT_KEYS)
+        name = value.get("event")
+        problem = event_name_problem(name)
+        if problem is not None:
+            checks.note((*loc, "event"), problem)
+        condition = _condition(value, loc, _HIDDEN - {"input", "execution"}, checks)
+        found.append(CancelOn(str(name), condition))
+    return tuple(found)
+
+
+def _pattern_problem(name: JsonValue) -> str | None:
+    is_pattern = isinstance(name, str) and name.endswith(WILDCARD)
+    return event_name_problem(
+        name[: -len(WILDCARD)] if is_pattern and isinstance(name, str) else name
+    )
+
+
+def _objects(
+    document: Mapping[str, JsonValue], key: str, count_max: int, example: str, checks: Checks
+) -> list[tuple[Mapping[str, JsonValue], Loc]]:
+    found = document.get(key, [])
+    if not isinstance(found, list) or len(found) > count_max:
+        checks.note((key,), f"is a list of at most {count_max}, such as [{example}]")
+        return []
+    objects: list[tuple[Mapping[str, JsonValue], Loc]] = []
+    for index, value in enumerate(found):
+        if isinstance(value, Mapping):
+            objects.append((value, (key, index)))
+        else:
+            checks.note((key, index), f"is an object, such as {example}")
+    return objects
+
+
+def _condition(
+    value: Mapping[str, JsonValue], loc: Loc, hidden: frozenset[str], checks: Checks
+) -> str | None:
+    if "if" not in value:
+        return None
+    condition, loc = value["if"], (*loc, "if")
+    if not isinstance(condition, str):
+        checks.note(loc, "is one CEL expression as text, without braces")
+        return None
+    known_count = len(checks.mentions)
+    # Placed in a list of its own, it sees no step.
+    checks.expression(condition, loc, Place(Level(loc), None))
+    if len(checks.mentions) > known_count:
+        names = {reference.path[0] for reference in outline(condition).references}
+        unseen = sorted(hidden.intersection(map(str, names)))
+        if unseen:
+            checks.mentions.pop()  # one problem is enough
+            checks.note(loc, f"{', '.join(unseen)} cannot be seen here; event can")
+    return condition
