@@ -12,11 +12,16 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from serve_app.adapters.parent_process import end_with_parent
 from serve_app.adapters.vllm_prompt import RESUME_IDS
 
 
 def scheduler(**arguments: Any) -> Scheduler:
-    """The scheduler that vLLM itself would take, over a manager that advances grammars."""
+    """The scheduler that vLLM itself would take, over a manager that advances grammars.
+
+    vLLM makes it once, in the engine's process: the place to tie that process to the replica's.
+    """
+    end_with_parent()
     _advance_grammars(arguments["structured_output_manager"])
     is_async = arguments["vllm_config"].scheduler_config.async_scheduling
     return (AsyncScheduler if is_async else Scheduler)(**arguments)
