@@ -245,7 +245,11 @@ class WaitView(WireModel):
 
 
 class StepView(WireModel):
-    """One step of an execution's record. `waiting` is there while it waits."""
+    """One step of an execution's record. `waiting` is there while it waits.
+
+    `resumed` is there where its answer lost a replica or a worker and went on: `exact`, or
+    `approximate` where the rest was sampled anew.
+    """
 
     id: str
     type: str
@@ -257,6 +261,7 @@ class StepView(WireModel):
     error: str | None = None
     usage: UsageView | None = None
     waiting: WaitView | None = None
+    resumed: str | None = None
 
 
 class TriggerView(WireModel):

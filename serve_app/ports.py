@@ -31,6 +31,7 @@ from serve_app.core.delivery import (
     EndpointHealth,
     Verdict,
 )
+from serve_app.core.emitted import NOTHING, Emitted
 from serve_app.core.errors import Problem
 from serve_app.core.execution import Execution, ExecutionCreated, Wait
 from serve_app.core.gates import Gate
@@ -41,6 +42,7 @@ from serve_app.core.inference import (
     Grant,
     JsonValue,
     ReplicaLoad,
+    Resumed,
     Usage,
 )
 from serve_app.core.journal import (
@@ -327,6 +329,8 @@ class StepCall:
         send: takes an event that leaves with the commit of the step's result, its time filled in;
             only for `compute`, whose result and commit are one.
         turn: of a model that has tools: which it may call now, and how the rounds before went.
+        emitted: by a run of this attempt whose worker was lost; this one goes on behind it.
+        report_resumed: says how an answer went on after a loss.
     """
 
     execution_id: str
@@ -345,6 +349,8 @@ class StepCall:
     publish: Callable[[float, str], None] = lambda _progress, _message: None
     send: Callable[[AppEvent], None] = lambda _event: None
     turn: Turn | None = None
+    emitted: Emitted = NOTHING
+    report_resumed: Callable[[Resumed], None] = lambda _resumed: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,12 +360,17 @@ class StepType:
     Exactly one of the three is set. `compute` is pure and quick: it runs inside the decision and
     shares its commit. `run` has effects: its start is durable before it is called. `wait` says
     what the step waits for, given the present time (Unix ms); it is as pure as `compute`.
+
+    `can_resume`: whether a `run` with these settings heeds `StepCall.emitted`. Such a step emits
+    the last tokens of its answer in the same breath as it returns, so that the journal never has
+    a whole answer without its result.
     """
 
     check: Callable[[JsonValue], Sequence[Problem]]
     compute: Callable[[StepCall], JsonValue] | None = None
     run: Callable[[StepCall], Awaitable[JsonValue]] | None = None
     wait: Callable[[StepCall, int], Wait] | None = None
+    can_resume: Callable[[JsonValue], bool] = lambda _settings: False
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from serve_app.core.execution import (
     new_execution,
 )
 from serve_app.core.gates import Gate, Verdict
-from serve_app.core.inference import Usage
+from serve_app.core.inference import Resumed, Usage
 from serve_app.core.journal import StoredEvent
 from serve_app.core.origin import Origin, Refusal
 from serve_app.core.retry import Backoff, RetryPolicy
@@ -65,6 +65,8 @@ def decode_event(
         members[name] = tuple(members[name] or ())
     if "wait" in members:
         members["wait"] = _wait(members["wait"])
+    if members.get("resumed") is not None:
+        members["resumed"] = Resumed(members["resumed"])
     if kind == "execution.created":
         members["retry"] = _retry(members["retry"])
         members["gates"] = tuple(Gate(**gate) for gate in members.get("gates", ()))
@@ -153,6 +155,8 @@ def _step(members: dict[str, Any]) -> StepState:
         members["items"] = tuple(members["items"])
     if members.get("wait") is not None:
         members["wait"] = _wait(members["wait"])
+    if members.get("resumed") is not None:
+        members["resumed"] = Resumed(members["resumed"])
     return StepState(**members)
 
 

@@ -33,6 +33,7 @@ from serve_app.core.inference import (
     FinishReason,
     GenerationRequest,
     JsonValue,
+    Resumed,
     TokenScore,
     Usage,
 )
@@ -55,6 +56,7 @@ class CallState:
         has_begun: the first chunk is there.
         error: what a generation ended with; vLLM makes an error event of it, we know better.
         usage: of each generation so far, by its id.
+        resumed: set once a generation went on at another replica.
     """
 
     call: OpenAiCall
@@ -62,6 +64,7 @@ class CallState:
     has_begun: bool = False
     error: ServeAppError | None = None
     usage: dict[str, Usage] = field(default_factory=dict)
+    resumed: Resumed | None = None
 
     def total(self) -> Usage:
         """The bill: each generation computed its prompt, or found it in the cache."""
@@ -141,6 +144,7 @@ class LinkEngineClient:
             async for index, chunk in merged:
                 if chunk.usage is not None:
                     state.usage[requests[index].request_id] = chunk.usage
+                state.resumed = chunk.resumed or state.resumed
                 if not state.has_begun:
                     state.has_begun = True
                     state.call.on_begin()

@@ -126,7 +126,7 @@ async def _answer(made: Any, state: CallState) -> OpenAiAnswer:
             raise state.error
         return _refusal(made)
     if isinstance(made, BaseModel):
-        return OpenAiAnswer(200, made.model_dump_json(by_alias=True).encode())
+        return OpenAiAnswer(200, _marked(made.model_dump_json(by_alias=True).encode(), b"{", state))
     events = _encoded(made)
     first = []
     # Until the engine has begun, a refusal can still have its status.
@@ -149,11 +149,18 @@ async def _rest(
     try:
         yield first
         async for event in events:
-            yield event
+            yield event if state.resumed is None else _marked(event, b"data: {", state)
         is_whole = state.error is None
     finally:
         await events.aclose()
         state.call.report_usage(state.total(), is_whole)
+
+
+def _marked(body: bytes, before: bytes, state: CallState) -> bytes:
+    """The same JSON object with a member of ours, which OpenAI's clients pass on as an extra."""
+    if state.resumed is None:
+        return body
+    return body.replace(before, before + b'"resumed":"%b",' % state.resumed.encode(), 1)
 
 
 async def _encoded(made: AsyncIterator[Any]) -> AsyncGenerator[bytes, None]:

@@ -6,6 +6,7 @@ function returns events that `evolve` accepts in the order given; the same argum
 events, so a decision that lost a race is simply taken again.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from serve_app.core.blocks import is_composite, progress_share
@@ -27,6 +28,7 @@ from serve_app.core.execution import (
     StepCompleted,
     StepFailed,
     StepProgressed,
+    StepResumed,
     StepRetrying,
     StepState,
     StepStatus,
@@ -35,7 +37,7 @@ from serve_app.core.execution import (
 )
 from serve_app.core.failures import StepErrored, after_failure
 from serve_app.core.gates import Verdict
-from serve_app.core.inference import NO_USAGE, JsonValue, Usage
+from serve_app.core.inference import NO_USAGE, JsonValue, Resumed, Usage
 from serve_app.core.journal import EXECUTION_ID_PREFIX, Outgoing
 from serve_app.core.rounds import cut_off
 from serve_app.core.scope import block_of
@@ -46,6 +48,7 @@ WORKER_LOST = "its worker was lost"
 # A step that takes its worker or replica down each time must end some day; an outage must not end
 # it early, and a large model takes minutes to load: with the delays below, 100 losses are eight.
 LOSSES_MAX = 100
+RESUMES_MAX = 5  # losses after which an answer begins anew, ever later: going on may be the cause
 _LOSS_DELAY_MS = 100
 _LOSS_DELAY_MAX_MS = 5_000
 # What never began is no try of the user's either: it was lost, or refused before any work.
@@ -75,6 +78,7 @@ class StepFinished:
     attempt: int
     output: JsonValue
     usage: Usage = NO_USAGE
+    resumed: Resumed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +144,28 @@ def gate_answered(
     return (GateAnswered(now_ms, verdict, value),)
 
 
-def take_over(execution: Execution, workflow: Workflow, now_ms: int) -> tuple[Event, ...]:
+def take_over(
+    execution: Execution, workflow: Workflow, now_ms: int, resumable: Collection[str] = ()
+) -> tuple[Event, ...]:
     """Void what a lost worker had under way; the steps start again, as the same attempts.
 
-    A composite has nothing under way but its inner steps.
+    A composite has nothing under way but its inner steps. What `resumable` names is not void: it
+    goes on behind what it has emitted (`core.emitted`).
     """
+    return tuple(
+        StepResumed(now_ms, path)
+        if path in resumable
+        else _after_loss(execution, path, execution.steps[path], WORKER_LOST, now_ms)
+        for path in orphans(execution, workflow)
+    )
+
+
+def orphans(execution: Execution, workflow: Workflow) -> tuple[str, ...]:
+    """The steps that a worker had under way and lost, when another takes the execution over."""
     if execution.status is not Status.RUNNING:
         return ()
     return tuple(
-        _after_loss(execution, path, execution.steps[path], WORKER_LOST, now_ms)
+        path
         for path in execution.live_steps
         if execution.steps[path].status is StepStatus.RUNNING and not is_composite(workflow, path)
     )
@@ -173,9 +190,10 @@ def record(
         case Progressed(step_id=step_id, progress=progress, message=message):
             said = StepProgressed(now_ms, step_id, progress, message)
             return () if is_cancelling else (said,)
-        case StepFinished(step_id=step_id, output=output, usage=usage):
+        case StepFinished(step_id=step_id, output=output, usage=usage, resumed=resumed):
             cut = cut_off(step_id, ErrorCode.CANCELLED, now_ms, usage)
-            return (cut if is_cancelling else StepCompleted(now_ms, step_id, output, usage),)
+            done = StepCompleted(now_ms, step_id, output, usage, resumed)
+            return (cut if is_cancelling else done,)
         case StepHandedOver(step_id=step_id, wait=wait):
             cut = cut_off(step_id, ErrorCode.CANCELLED, now_ms)
             return (cut if is_cancelling else StepWaiting(now_ms, step_id, wait),)

@@ -16,7 +16,7 @@ from typing import get_args
 
 from serve_app.core.errors import IllegalTransitionError
 from serve_app.core.gates import Gate, Verdict
-from serve_app.core.inference import NO_USAGE, JsonValue, Usage
+from serve_app.core.inference import NO_USAGE, JsonValue, Resumed, Usage
 from serve_app.core.origin import Origin, Refusal
 from serve_app.core.retry import RetryPolicy
 
@@ -208,13 +208,22 @@ class ChunkEmitted:
 
 
 @dataclass(frozen=True, slots=True)
+class StepResumed:
+    """Another worker goes on with the attempt, behind the chunks that are in the journal."""
+
+    at_ms: int
+    step_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepCompleted:
-    """The step's result, recorded once."""
+    """The step's result, recorded once; `resumed` where its answer lost a replica or a worker."""
 
     at_ms: int
     step_id: str
     output: JsonValue
     usage: Usage = NO_USAGE
+    resumed: Resumed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +322,7 @@ Event = (
     | SignalTaken
     | StepProgressed
     | ChunkEmitted
+    | StepResumed
     | StepCompleted
     | StepSkipped
     | StepRetrying
@@ -337,6 +347,7 @@ KINDS: Mapping[str, type[Event]] = MappingProxyType(
         "signal.taken": SignalTaken,
         "step.progress": StepProgressed,
         "chunk": ChunkEmitted,
+        "step.resumed": StepResumed,
         "step.completed": StepCompleted,
         "step.skipped": StepSkipped,
         "step.retrying": StepRetrying,
@@ -356,6 +367,7 @@ StepEvent = (
     | MapOpened
     | StepWaiting
     | ChunkEmitted
+    | StepResumed
     | StepCompleted
     | StepSkipped
     | StepRetrying
@@ -401,6 +413,8 @@ class StepState:
         wasted_tokens: the part of `usage` that went into attempts without a result.
         items: of a map that runs, what it runs over.
         wait: of a step that waits, or waited.
+        began_seq: of the event that started the present attempt; 0: not known.
+        resumed: how its answer went on after a loss; None: there was none.
     """
 
     status: StepStatus
@@ -416,6 +430,8 @@ class StepState:
     wasted_tokens: int = 0
     items: tuple[JsonValue, ...] | None = None
     wait: Wait | None = None
+    began_seq: int = 0
+    resumed: Resumed | None = None
 
 
 LIVE = frozenset({StepStatus.RUNNING, StepStatus.RETRYING, StepStatus.WAITING})  # begun, not ended
@@ -630,7 +646,7 @@ def _with_execution(execution: Execution, event: Event) -> Execution:  # noqa: C
             raise IllegalTransitionError(f"{type(event).__name__} is no event of an execution")
 
 
-def _step_after(execution: Execution, event: StepEvent) -> StepState:  # noqa: PLR0911 - one return per event
+def _step_after(execution: Execution, event: StepEvent) -> StepState:  # noqa: C901, PLR0911 - one return per event
     match event:
         case StepStarted():
             return _started(execution, event)
@@ -646,6 +662,9 @@ def _step_after(execution: Execution, event: StepEvent) -> StepState:  # noqa: P
             return StepState(StepStatus.SKIPPED, 0, 0, at_ms, at_ms)
         case ChunkEmitted(step_id=step_id):
             return _live(execution, step_id)
+        case StepResumed(step_id=step_id):
+            step = _live(execution, step_id)
+            return replace(step, losses=step.losses + 1)
         case StepCompleted(at_ms=at_ms, step_id=step_id, output=output, usage=usage):
             step = _live(execution, step_id, _AT_WORK)
             return replace(
@@ -657,6 +676,7 @@ def _step_after(execution: Execution, event: StepEvent) -> StepState:  # noqa: P
                 usage=step.usage + usage,
                 wake_at_ms=None,
                 items=None,  # they are in the journal; nothing asks for them any more
+                resumed=event.resumed,
             )
         case StepRetrying():
             return _retrying(execution, event)
@@ -675,11 +695,14 @@ def _step_after(execution: Execution, event: StepEvent) -> StepState:  # noqa: P
 
 def _started(execution: Execution, event: StepStarted) -> StepState:
     before = execution.steps.get(event.step_id)
+    seq = execution.seq + 1
     if before is None:
-        return StepState(StepStatus.RUNNING, event.attempt, 1, event.at_ms)
+        return StepState(StepStatus.RUNNING, event.attempt, 1, event.at_ms, began_seq=seq)
     if before.status is not StepStatus.RETRYING:
         raise IllegalTransitionError(f"step {event.step_id} is {before.status}, it cannot start")
-    return replace(before, status=StepStatus.RUNNING, attempt=event.attempt, wake_at_ms=None)
+    return replace(
+        before, status=StepStatus.RUNNING, attempt=event.attempt, wake_at_ms=None, began_seq=seq
+    )
 
 
 def _retrying(execution: Execution, event: StepRetrying) -> StepState:

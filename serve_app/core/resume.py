@@ -61,8 +61,8 @@ class Answer:
     """One answer over all its attempts, as far as it was emitted."""
 
     request: GenerationRequest
-    token_ids: list[int] = field(default_factory=list)
-    text_length: int = 0  # characters
+    token_ids: list[int] = field(default_factory=list)  # at first: those of a lost caller
+    text_length: int = 0  # characters, likewise
     usage: Usage = NO_USAGE
     attempt_count: int = 0
     _is_resumed: bool = False

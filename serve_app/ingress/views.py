@@ -164,6 +164,8 @@ def _shown(event: Event, execution: Execution) -> dict[str, object] | None:  # n
 
 def _step_view(step_id: str, kind: str, step: StepState) -> dict[str, object]:
     shown = _state_view(step_id, kind, step)
+    if step.resumed is not None:
+        shown["resumed"] = step.resumed
     if step.status is StepStatus.WAITING and step.wait is not None:
         until = timestamp(step.wait.until_ms)
         shown["waiting"] = {"until": until, "event": step.wait.event, "message": step.wait.message}

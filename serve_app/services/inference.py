@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
+from serve_app.core.emitted import NOTHING, Emitted
 from serve_app.core.errors import (
     ConnectionFailedError,
     DeadlineExceededError,
@@ -59,11 +60,15 @@ class Inference:
         self._resume_wait_s = resume_wait_s
 
     async def generate(
-        self, request: GenerationRequest, placement: Placement = ANYWHERE
+        self,
+        request: GenerationRequest,
+        placement: Placement = ANYWHERE,
+        emitted: Emitted = NOTHING,
     ) -> AsyncGenerator[Chunk, None]:
         """Stream the answer; every chunk carries the usage so far.
 
-        A replica that is lost or drained on the way costs no token: see `core.resume`.
+        A replica that is lost or drained on the way costs no token: see `core.resume`. Nor does a
+        caller that was lost: with what it had `emitted`, the rest alone is streamed.
 
         Raises:
             ModelNotAvailableError: no such model.
@@ -72,12 +77,12 @@ class Inference:
             DeadlineExceededError: nor before the request's deadline.
             ServeAppError: what the engine answered.
         """
-        answer = Answer(request)
+        answer = Answer(request, list(emitted.token_ids), len(emitted.text))
         patience = _Patience(self._clock, request.deadline_ms, self._resume_wait_s)
         lost: list[str] = []  # not to be chosen again, while there are others
         while not answer.is_complete:
             asked = answer.next_request()
-            if answer.attempt_count == 1:
+            if answer.attempt_count == 1 and not answer.token_ids:
                 grant = await self._admission.admit(admit_request(asked, placement))
             else:
                 grant = await self._admit_again(asked, placement, lost, patience)
@@ -133,7 +138,7 @@ class _Patience:
         self._deadline_ms = deadline_ms
         self._wait_s = wait_s
         self._victims: set[str] = set()
-        self._give_up_s = 0.0
+        self._give_up_s = clock.monotonic_s() + wait_s
         self._delay_s = 0.0
 
     def renew(self) -> None:

@@ -151,9 +151,9 @@ class Planner:
             plan.outgoing += end(plan.after, partition_count)
         return plan
 
-    def take_over(self, plan: Plan, now_ms: int) -> None:
-        """Void what the worker before had under way."""
-        plan.add(take_over(plan.after, self._workflow, now_ms))
+    def take_over(self, plan: Plan, now_ms: int, resumable: Collection[str]) -> None:
+        """Void what the worker before had under way, or go on with it."""
+        plan.add(take_over(plan.after, self._workflow, now_ms, resumable))
 
     def call(
         self,

@@ -21,6 +21,7 @@ from serve_app.core.decisions import (
     StepHandedOver,
 )
 from serve_app.core.due import next_wake_ms
+from serve_app.core.emitted import NOTHING, Emitted
 from serve_app.core.errors import (
     ErrorCode,
     OverloadedError,
@@ -38,7 +39,7 @@ from serve_app.core.execution import (
 )
 from serve_app.core.failures import StepErrored
 from serve_app.core.gate_messages import leave
-from serve_app.core.inference import NO_USAGE, JsonValue, Usage
+from serve_app.core.inference import NO_USAGE, JsonValue, Resumed, Usage
 from serve_app.core.journal import (
     Commit,
     CommitAnswer,
@@ -50,6 +51,7 @@ from serve_app.core.journal import (
     StoredEvent,
 )
 from serve_app.core.workflow import Workflow
+from serve_app.services.lost_runs import lost_runs
 from serve_app.services.planner import BROKEN, Plan, Planner, Runtime, errored
 
 logger = logging.getLogger(__name__)
@@ -60,11 +62,12 @@ STORE_RETRY_S = 0.5
 
 @dataclass(slots=True)
 class _StepTask:
-    """A step under way, and the usage it has reported."""
+    """A step under way, and what it has reported beside its text."""
 
     attempt: int
     task: "asyncio.Task[None]"
     usage: Usage = NO_USAGE
+    resumed: Resumed | None = None
     is_aborted: bool = False
     handed_over: tuple[Wait, Outgoing] | None = None
 
@@ -95,6 +98,7 @@ class Driver:
         self._commit_count = 0
         self._planner = Planner(workflow, runtime)
         self._is_taken_over = owned.execution.status is Status.RUNNING
+        self._lost_runs: dict[str, Emitted] = {}  # by step, until it goes on
         # Steps whose change no decision has looked at; None: any may be, look at all.
         self._touched: dict[str, None] | None = None
 
@@ -115,13 +119,15 @@ class Driver:
                     running.task.cancel()
 
     async def _loop(self, steps: asyncio.TaskGroup) -> None:
+        if self._is_taken_over:
+            self._lost_runs = await lost_runs(self.execution, self._workflow, self._runtime)
         while not self.execution.is_terminal:
             self._wake.clear()
             self._fold_notices()
             now_ms = self._runtime.clock.now_ms()
             plan = Plan(self.execution, self._touched)
             if self._is_taken_over:
-                self._planner.take_over(plan, now_ms)
+                self._planner.take_over(plan, now_ms, self._lost_runs.keys())
             self._planner.plan(plan, self._facts, self._tasks.keys(), now_ms)
             if plan.doomed:
                 await self._abort_steps(plan.doomed)
@@ -254,7 +260,7 @@ class Driver:
             fact = StepErrored(step_id, attempt, BROKEN, ErrorCode.INTERNAL)
         running = self._tasks.pop(step_id, None)
         if running is not None:  # else it was given up after an abort, and is recorded already
-            self._facts.append(_with_usage(fact, running.usage))
+            self._facts.append(_as_reported(fact, running))
             self._wake.set()
 
     def _place(self, step_id: str) -> dict[str, str]:
@@ -272,7 +278,10 @@ class Driver:
             lambda progress, message: self._publish(step_id, attempt, progress, message),
         )
         call = replace(
-            call, hand_over=lambda wait, outgoing: self._hand_over(step_id, wait, outgoing)
+            call,
+            hand_over=lambda wait, outgoing: self._hand_over(step_id, wait, outgoing),
+            emitted=self._lost_runs.pop(step_id, NOTHING),
+            report_resumed=lambda resumed: self._report_resumed(step_id, resumed),
         )
         limit = asyncio.timeout(None if step.timeout_ms is None else step.timeout_ms / 1000)
         try:
@@ -305,6 +314,10 @@ class Driver:
     def _report_usage(self, step_id: str, usage: Usage) -> None:
         if step_id in self._tasks:
             self._tasks[step_id].usage = usage
+
+    def _report_resumed(self, step_id: str, resumed: Resumed) -> None:
+        if step_id in self._tasks:
+            self._tasks[step_id].resumed = resumed
 
     async def _abort_steps(self, doomed: Iterable[str]) -> None:
         """Cancel what runs and wait for what it reports; whatever is left then counts as aborted.
@@ -339,13 +352,11 @@ def _aborted(step_id: str, running: _StepTask) -> StepErrored:
     return replace(fact, usage=running.usage)
 
 
-def _with_usage(fact: Fact, usage: Usage) -> Fact:
+def _as_reported(fact: Fact, running: _StepTask) -> Fact:
     match fact:
-        case StepHandedOver():
-            return fact
-        case StepFinished(step_id=step_id, attempt=attempt, output=output):
-            return StepFinished(step_id, attempt, output, usage)
+        case StepFinished():
+            return replace(fact, usage=running.usage, resumed=running.resumed)
         case StepErrored():
-            return replace(fact, usage=usage)
-        case ChunkArrived() | Progressed():
+            return replace(fact, usage=running.usage)
+        case StepHandedOver() | ChunkArrived() | Progressed():
             return fact

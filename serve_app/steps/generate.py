@@ -2,8 +2,9 @@
 
 Owns the settings under vLLM's names and the parsing of structured answers. Where the model has
 tools, one run is one turn: it records an answer, a call that fits its tool, or what is wrong with
-the call (`core.tools`). Invariant: an answer with an `output_schema` is recorded only when it is
-whole and parses.
+the call (`core.tools`). Invariants: an answer with an `output_schema` is recorded only when it is
+whole and parses; the last tokens of an answer are emitted in the commit that has its result, so
+that what a lost worker leaves in the journal is the beginning of an answer, to be gone on with.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -57,7 +58,8 @@ class _Settings(BaseModel):
 
 def generate_step(inference: Inference, schemas: Schemas, entropy: Entropy) -> StepType:
     """The step type, bound to the model plane."""
-    return StepType(check=_check, run=_runner(inference, schemas, entropy))
+    run = _runner(inference, schemas, entropy)
+    return StepType(check=_check, run=run, can_resume=lambda _settings: True)
 
 
 def _runner(
@@ -70,17 +72,13 @@ def _runner(
             raise StepFailedError(f"output_schema: {refusal}", False)  # noqa: FBT003
         # Unique per run: the run of a lost worker may still be in the engine under the same key.
         request = _request(call, settings, f"{call.idempotency_key}/{entropy.token()}")
-        turn = call.turn
         reply = _Reply(call)
-        async with aclosing(inference.generate(request)) as chunks:
+        async with aclosing(inference.generate(request, emitted=call.emitted)) as chunks:
             async for chunk in chunks:
                 reply.take(chunk)
-        text = reply.text
-        if turn is None:
-            return _answer(text, reply.finish_reason, settings, schemas)
-        if turn.callable and (turn.must_call or is_call(text)):
-            return _called(text, turn, settings, reply.finish_reason, schemas)
-        return {CONTENT: _answer(text, reply.finish_reason, settings, schemas)}
+        output = _output(reply, call.turn, settings, schemas)
+        reply.end()
+        return output
 
     return run
 
@@ -89,26 +87,44 @@ class _Reply:
     """What the model says, passed on as it comes, unless it is a call: that is nobody's text."""
 
     def __init__(self, call: StepCall) -> None:
-        self.text = ""
+        self.text = call.emitted.text
         self.finish_reason: FinishReason | None = None
         self._call = call
         self._is_call: bool | None = False  # None: not to be told yet
-        if call.turn is not None and call.turn.callable:
+        # What a lost run has emitted is an answer's.
+        if call.turn is not None and call.turn.callable and not call.emitted.token_ids:
             self._is_call = True if call.turn.must_call else None
         self._held_ids: tuple[int, ...] = ()
+        self._last: tuple[str, tuple[int, ...]] = "", ()
 
     def take(self, chunk: Chunk) -> None:
         self.finish_reason = chunk.finish_reason
         if chunk.usage is not None:
             self._call.report_usage(chunk.usage)
+        if chunk.resumed is not None:
+            self._call.report_resumed(chunk.resumed)
         text, ids = chunk.text, chunk.token_ids
         self.text += text
         if self._is_call is None:
             self._is_call = is_call(self.text)
             text, ids = self.text, self._held_ids + ids
             self._held_ids = ids
-        if self._is_call is False or (self._is_call is None and chunk.finish_reason is not None):
+        if chunk.finish_reason is not None and not self._is_call:
+            self._last = text, ids
+        elif self._is_call is False:
             self._call.emit(text, ids)
+
+    def end(self) -> None:
+        """Pass the last piece on; nothing may be awaited between this and the step's return."""
+        self._call.emit(*self._last)
+
+
+def _output(reply: _Reply, turn: Turn | None, settings: _Settings, schemas: Schemas) -> JsonValue:
+    if turn is None:
+        return _answer(reply.text, reply.finish_reason, settings, schemas)
+    if turn.callable and (turn.must_call or is_call(reply.text)):
+        return _called(reply.text, turn, settings, reply.finish_reason, schemas)
+    return {CONTENT: _answer(reply.text, reply.finish_reason, settings, schemas)}
 
 
 def _called(

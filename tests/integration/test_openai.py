@@ -324,14 +324,34 @@ async def test_answer_goes_on_over_a_broken_link(
 ) -> None:
     long = {**ASK, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
     whole = await client.chat.completions.create(**long)
-    text, is_broken = "", False
+    assert "resumed" not in whole.model_extra
+    text, is_broken, marks = "", False, []
     async for event in await client.chat.completions.create(**long, stream=True):
         text += event.choices[0].delta.content or ""
+        marks.append(event.model_extra.get("resumed"))
         if text and not is_broken:
             is_broken = True
             service.break_links()
     assert is_broken
     assert text == whole.choices[0].message.content
+    assert (marks[0], marks[-1]) == (None, "exact")
+
+
+async def test_an_answer_sampled_anew_says_so(service: OpenAiService, client: AsyncOpenAI) -> None:
+    asked = {**ASK, "max_tokens": 400, "temperature": 1, "extra_body": {"ignore_eos": True}}
+    asked.pop("seed", None)
+    answering = asyncio.ensure_future(client.chat.completions.create(**asked))
+    await service.until_running(1)
+    await asyncio.sleep(0.05)  # a few tokens; where it is none, the answer is simply made anew
+    service.break_links()
+    whole = await answering
+    assert whole.model_extra.get("resumed") in {"approximate", None}
+    marks = []
+    async for event in await client.chat.completions.create(**asked, stream=True):
+        marks.append(event.model_extra.get("resumed"))
+        if len(marks) == 5:
+            service.break_links()
+    assert marks[-1] == "approximate"
 
 
 async def test_lost_replica_ends_a_stream_with_an_error_event(

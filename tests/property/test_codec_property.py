@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from serve_app.adapters.event_codec import decode_event, decode_stored, encode_event
 from serve_app.core.execution import KINDS, Event, ExecutionCreated, Wait, WaitKind
 from serve_app.core.gates import Gate, Verdict
-from serve_app.core.inference import Usage
+from serve_app.core.inference import Resumed, Usage
 from serve_app.core.journal import StoredEvent
 from serve_app.core.origin import Origin, Refusal
 from serve_app.core.retry import Backoff, RetryPolicy
@@ -61,6 +61,7 @@ MEMBERS: dict[str, st.SearchStrategy[object]] = {
     "wait": st.builds(Wait, st.sampled_from(WaitKind), times, st.none() | texts, st.none() | texts),
     "items": st.lists(json_values, max_size=4).map(tuple),
     "gates": st.lists(gates, max_size=2).map(tuple),
+    "resumed": st.none() | st.sampled_from(Resumed),
     "verdict": st.sampled_from(Verdict),
     "trigger": st.none() | origins,
     "refusal": st.none() | st.builds(Refusal, texts, texts),

@@ -234,7 +234,8 @@ def send_signal(world: World, draw: Callable[..., object]) -> None:
 
 
 def lose_worker(world: World, draw: Callable[..., object]) -> None:
-    world.add(take_over(world.execution, world.workflow, world.now_ms))
+    resumable = draw(st.sets(st.sampled_from(world.running or STEP_IDS)))
+    world.add(take_over(world.execution, world.workflow, world.now_ms, resumable))
 
 
 jitters = st.floats(0, 1, exclude_max=True)

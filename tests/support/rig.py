@@ -51,6 +51,8 @@ class Rig:
     result_bytes_max: int = RESULT_BYTES_MAX
     further_types: Mapping[str, StepType] = field(default_factory=dict)
 
+    can_resume: bool = False
+
     async def driver(self, token: str = TOKEN, **created: object) -> Driver:
         """A driver that has just been handed the execution; the first call creates it."""
         clock = VirtualClock()
@@ -65,7 +67,9 @@ class Rig:
             "sleep": SLEEP,
             "approval": APPROVAL,
             "wait_for_event": WAIT_FOR_EVENT,
-            "work": StepType(check=lambda settings: (), run=self._run),
+            "work": StepType(
+                check=lambda settings: (), run=self._run, can_resume=lambda _: self.can_resume
+            ),
             "pure": StepType(check=lambda settings: (), compute=self.compute),
             **self.further_types,
         }

@@ -23,6 +23,7 @@ from serve_app.core.execution import (
     StepCompleted,
     StepFailed,
     StepProgressed,
+    StepResumed,
     StepRetrying,
     StepSkipped,
     StepStarted,
@@ -33,7 +34,7 @@ from serve_app.core.execution import (
     new_execution,
 )
 from serve_app.core.gates import Verdict
-from serve_app.core.inference import JsonValue, Usage
+from serve_app.core.inference import JsonValue, Resumed, Usage
 from serve_app.core.retry import Backoff, RetryPolicy
 from serve_app.core.workflow import Step, Workflow
 
@@ -145,7 +146,8 @@ EXAMPLES: Mapping[type[Event], Event] = {
         SignalTaken(T0 + 28, "ran", 4),
         StepProgressed(T0 + 29, "ran", 37.5, "reading"),
         ChunkEmitted(T0 + 30, "ran", "hi", (1, 2)),
-        StepCompleted(T0 + 40, "ran", OUTPUT, USAGE),
+        StepResumed(T0 + 35, "ran"),
+        StepCompleted(T0 + 40, "ran", OUTPUT, USAGE, Resumed.APPROXIMATE),
         StepSkipped(T0 + 50, "new"),
         StepRetrying(T0 + 60, "ran", 2, 1, T0 + 1060, "it broke", USAGE),
         StepFailed(T0 + 70, "ran", "it broke", "STEP_FAILED", USAGE),

@@ -32,6 +32,7 @@ from serve_app.core.execution import (
     Status,
     StepCompleted,
     StepFailed,
+    StepResumed,
     StepRetrying,
     StepSkipped,
     StepStarted,
@@ -114,6 +115,14 @@ def test_a_new_owner_repeats_the_attempts_that_were_under_way_at_once() -> None:
     again, events = settled(folded(execution, voided), THREE, T0 + 50)
     assert events == [StepStarted(T0 + 50, "s", 1), StepStarted(T0 + 50, "b", 1)]
     assert again.steps["s"].losses == 1
+
+
+def test_a_new_owner_goes_on_with_what_can_be_gone_on_with() -> None:
+    execution = an_execution(*RAN, StepStarted(T0, "b", 1))
+    assert take_over(execution, THREE, T0 + 50, {"b", "c"}) == (
+        StepRetrying(T0 + 50, "s", 1, 1, T0 + 50, WORKER_LOST),
+        StepResumed(T0 + 50, "b"),
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from serve_app.core.execution import (
     Status,
     StepCompleted,
     StepFailed,
+    StepResumed,
     StepRetrying,
     StepSkipped,
     StepStarted,
@@ -33,7 +34,7 @@ from serve_app.core.execution import (
     evolve,
     new_execution,
 )
-from serve_app.core.inference import Usage
+from serve_app.core.inference import Resumed, Usage
 from tests.support.workflows import (
     CREATED,
     EXAMPLES,
@@ -137,7 +138,7 @@ def test_a_step_runs_from_its_start_to_its_output() -> None:
     assert after.started_at_ms == T0 + 10
     assert after.seq == 5
     assert after.steps["ran"] == StepState(
-        StepStatus.COMPLETED, 1, 1, T0 + 20, T0 + 40, OUTPUT, usage=USAGE
+        StepStatus.COMPLETED, 1, 1, T0 + 20, T0 + 40, OUTPUT, usage=USAGE, began_seq=3
     )
     assert after.usage == USAGE
 
@@ -176,6 +177,20 @@ def test_a_retry_of_the_execution_starts_the_tries_of_the_step_again() -> None:
     after = an_execution(*events)
     assert after.attempt == 2
     assert (after.steps["ran"].attempt, after.steps["ran"].tries) == (3, 1)
+
+
+def test_a_step_that_another_worker_goes_on_with_is_the_same_attempt() -> None:
+    before = an_execution(*STARTED, ChunkEmitted(T0 + 30, "ran", "hi", (1,)))
+    step = evolve(before, StepResumed(T0 + 60, "ran")).steps["ran"]
+    assert step == replace(before.steps["ran"], losses=1)
+    done = StepCompleted(T0 + 70, "ran", OUTPUT, USAGE, Resumed.EXACT)
+    assert evolve(before, done).steps["ran"].resumed is Resumed.EXACT
+
+
+def test_a_step_knows_where_its_present_attempt_began() -> None:
+    retried = (StepRetrying(T0, "ran", 2, 1, T0, "e"), StepStarted(T0, "ran", 2))
+    after = an_execution(*STARTED, ChunkEmitted(T0, "ran", "hi"), *retried)
+    assert (after.steps["ran"].began_seq, after.seq) == (6, 6)
 
 
 def test_a_lost_worker_repeats_the_same_attempt_and_counts_a_loss() -> None:
@@ -226,39 +241,43 @@ def test_completion_keeps_the_data_and_failure_the_error() -> None:
     assert (failed.error, failed.error_code, failed.wake_at_ms) == ("late", "TIMEOUT", None)
 
 
-# Each entry: what the step went through, and the events that cannot come now.
-STEP_HISTORIES = {
-    "not started": ((), ("chunk", "step.completed", "step.retrying", "step.failed")),
-    "running": ((StepStarted(T0, "s", 1),), ("step.started", "step.skipped")),
-    "retrying": (
-        (StepStarted(T0, "s", 1), StepRetrying(T0, "s", 2, 1, T0 + 9, "e")),
-        ("chunk", "step.completed", "step.skipped", "step.retrying"),
-    ),
-    "completed": (
-        (StepStarted(T0, "s", 1), StepCompleted(T0, "s", 1)),
-        ("step.started", "chunk", "step.completed", "step.skipped", "step.retrying", "step.failed"),
-    ),
-    "skipped": (
-        (StepSkipped(T0, "s"),),
-        ("step.started", "chunk", "step.completed", "step.skipped", "step.retrying", "step.failed"),
-    ),
-    "failed": (
-        (StepStarted(T0, "s", 1), StepFailed(T0, "s", "e", "STEP_FAILED")),
-        ("step.started", "chunk", "step.completed", "step.skipped", "step.retrying", "step.failed"),
-    ),
-    "cancelled": (
-        (StepStarted(T0, "s", 1), StepFailed(T0, "s", "e", "CANCELLED")),
-        ("step.started", "chunk", "step.completed", "step.skipped", "step.retrying", "step.failed"),
-    ),
-}
 STEP_KINDS = (
     "step.started",
     "chunk",
+    "step.resumed",
     "step.completed",
     "step.skipped",
     "step.retrying",
     "step.failed",
 )
+# Each entry: what the step went through, and the events that cannot come now.
+STEP_HISTORIES = {
+    "not started": (
+        (),
+        ("chunk", "step.resumed", "step.completed", "step.retrying", "step.failed"),
+    ),
+    "running": ((StepStarted(T0, "s", 1),), ("step.started", "step.skipped")),
+    "retrying": (
+        (StepStarted(T0, "s", 1), StepRetrying(T0, "s", 2, 1, T0 + 9, "e")),
+        ("chunk", "step.resumed", "step.completed", "step.skipped", "step.retrying"),
+    ),
+    "completed": (
+        (StepStarted(T0, "s", 1), StepCompleted(T0, "s", 1)),
+        STEP_KINDS,
+    ),
+    "skipped": (
+        (StepSkipped(T0, "s"),),
+        STEP_KINDS,
+    ),
+    "failed": (
+        (StepStarted(T0, "s", 1), StepFailed(T0, "s", "e", "STEP_FAILED")),
+        STEP_KINDS,
+    ),
+    "cancelled": (
+        (StepStarted(T0, "s", 1), StepFailed(T0, "s", "e", "CANCELLED")),
+        STEP_KINDS,
+    ),
+}
 
 
 @pytest.mark.parametrize(("history", "kind"), list(product(STEP_HISTORIES, STEP_KINDS)))

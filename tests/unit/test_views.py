@@ -169,6 +169,7 @@ SHOWN: dict[str, dict[str, object] | None] = {
     "signal.taken": None,
     "step.progress": {"step": "ran", "progress": 37.5, "message": "reading"},
     "chunk": {"step": "ran", "data": "hi"},
+    "step.resumed": None,
     "step.completed": {"step": "ran", "output": OUTPUT, "usage": usage_view(USAGE)},
     "step.skipped": None,
     "step.retrying": {
