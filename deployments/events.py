@@ -6,7 +6,7 @@ from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_connect import RedisConnections, store_limits
 from serve_app.adapters.redis_events import RedisEvents
-from serve_app.core.app_events import FAN_OUT_LOG
+from serve_app.core.app_events import CARRIED_OUT_LOGS
 from serve_app.ports import Clock, Entropy, WorkflowCatalog
 from serve_app.services.events import EventLimits, Events
 from serve_app.services.fan_out import FanOut
@@ -32,5 +32,7 @@ def carry_out_events(
         clock,
         timeout_default_ms=settings.timeout_default_ms,
     )
-    fan_out = FanOut(stores.store, catalog, CelExpressions(), starts)
-    stores.store.take_by(FAN_OUT_LOG, fan_out.take)
+    events = RedisEvents(stores.calls, partition_count=settings.partitions)
+    fan_out = FanOut(events, stores.store, catalog, CelExpressions(), starts, clock)
+    for log in CARRIED_OUT_LOGS:
+        stores.store.take_by(log, fan_out.take)

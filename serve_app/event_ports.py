@@ -4,9 +4,11 @@ Owns the protocols only, as `ports` does for the rest. Invariant: a port speaks 
 a library's.
 """
 
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from serve_app.core.app_events import AppEvent
+from serve_app.core.subscriptions import Subscriber
 
 
 class EventStore(Protocol):
@@ -18,4 +20,14 @@ class EventStore(Protocol):
         Raises:
             OverloadedError: `waiting_max` messages of its partition wait to be carried out.
         """
+        ...
+
+    def subscribers(
+        self, workspace: str, name: str, since_max_ms: int
+    ) -> AsyncIterator[Sequence[Subscriber]]:
+        """Who waited for a topic's events at a moment and still does, in pages, perhaps twice."""
+        ...
+
+    async def forget(self, workspace: str, name: str, who: Subscriber) -> None:
+        """Drop a subscriber that waits no longer."""
         ...

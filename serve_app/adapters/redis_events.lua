@@ -8,6 +8,7 @@
 -- all that follows from the event has been done. A worker is told at once; what it leaves by dying,
 -- the next heartbeat of another finds.
 
+local LOOK_BACK_MAX = 1000     -- events that came while a subscription was on its way
 local SEEN_TTL_MS = 86400000   -- the same id within it is the same event
 
 local function now_ms()
@@ -49,4 +50,33 @@ local function publish(keys, args)
   return 1
 end
 
+-- subscribe: message_id "event.sub:<ws>:<name>" body since_ms -> 1 when it is new here
+-- What came between the moment it left its execution and now was carried out without it.
+local function subscribe(keys, args)
+  local p, now = keys[1], now_ms()
+  if redis.call('ZADD', p .. ':seen', 'NX', text(now), args[1]) == 0 then return 0 end
+  local ws, name = string.match(args[2], '^event.sub:([^:]*):(.*)$')
+  local message = cjson.decode(args[3])
+  local key = p .. ':sub:' .. ws .. ':' .. name
+  redis.call('HSET', key, message.who, args[4])
+  local ttl = message.until_ms - now + SEEN_TTL_MS
+  if redis.call('PTTL', key) < ttl then redis.call('PEXPIRE', key, text(ttl)) end
+  for _, entry in ipairs(redis.call('XRANGE', p .. ':ev:' .. ws, args[4], '+', 'COUNT', LOOK_BACK_MAX)) do
+    if entry[2][2] == name then
+      local body = '{"who":' .. cjson.encode(message.who) .. ',"event":' .. entry[2][4] .. '}'
+      post(p, args[1] .. '/' .. entry[1], 'event.heard', body)
+      nudge(p, now)
+    end
+  end
+  return 1
+end
+
+-- unsubscribe: message_id "event.unsub:<ws>:<name>" body -> 1 when it was there
+local function unsubscribe(keys, args)
+  local ws, name = string.match(args[2], '^event.unsub:([^:]*):(.*)$')
+  return redis.call('HDEL', keys[1] .. ':sub:' .. ws .. ':' .. name, cjson.decode(args[3]).who)
+end
+
 redis.register_function('ip1_publish', publish)
+redis.register_function('ip1_subscribe', subscribe)
+redis.register_function('ip1_unsubscribe', unsubscribe)

@@ -4,14 +4,24 @@ Invariant: an event that the relay brings (from an `emit` step) and one that a r
 their topic by the same function, under the same id.
 """
 
+from collections.abc import AsyncIterator, Sequence
+
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_index import partition_key
 from serve_app.adapters.store_limits import DEFAULT_LIMITS, StoreLimits
-from serve_app.core.app_events import AppEvent, event_message
+from serve_app.core.app_events import EVENT_LOG, AppEvent, event_message, topic_partition
 from serve_app.core.errors import OverloadedError
 from serve_app.core.journal import Outgoing
+from serve_app.core.subscriptions import (
+    SUBSCRIBE_LOG,
+    UNSUBSCRIBE_LOG,
+    Subscriber,
+    read_subscriber,
+)
 
 _FULL = -1
+EVENT_LOGS = frozenset({EVENT_LOG, SUBSCRIBE_LOG, UNSUBSCRIBE_LOG})
+_PAGE = 500  # subscribers read at once
 
 
 class RedisEvents:
@@ -35,7 +45,36 @@ class RedisEvents:
 
     async def take(self, outgoing: Outgoing) -> bool:
         """Apply one message of the relay; an accepted step's event is not refused."""
-        return await self._publish(outgoing) > 0
+        kind = outgoing.log.partition(":")[0]
+        if kind == EVENT_LOG:
+            return await self._publish(outgoing) > 0
+        key = partition_key(outgoing.target_partition)
+        args = (outgoing.message_id, outgoing.log, outgoing.body)
+        if kind == UNSUBSCRIBE_LOG:
+            return bool(await self._calls.fcall("ip1_unsubscribe", key, *args))
+        return bool(await self._calls.fcall("ip1_subscribe", key, *args, outgoing.left_at_ms))
+
+    async def subscribers(
+        self, workspace: str, name: str, since_max_ms: int
+    ) -> AsyncIterator[Sequence[Subscriber]]:
+        """See `ports.EventStore`."""
+        key, cursor = self._key(workspace, name), 0
+        while True:
+            answer, found = await self._calls.call("HSCAN", key, cursor, "COUNT", _PAGE)
+            page = [who for who, since in found.items() if int(since) <= since_max_ms]
+            if page:
+                yield [read_subscriber(who.decode()) for who in page]
+            cursor = int(answer)
+            if cursor == 0:
+                return
+
+    async def forget(self, workspace: str, name: str, who: Subscriber) -> None:
+        """See `ports.EventStore`."""
+        await self._calls.call("HDEL", self._key(workspace, name), str(who))
+
+    def _key(self, workspace: str, name: str) -> str:
+        partition = topic_partition(self._partition_count, workspace, name)
+        return f"{partition_key(partition)}:sub:{workspace}:{name}"
 
     async def _publish(self, message: Outgoing, *waiting_max: int) -> int:
         key = partition_key(message.target_partition)

@@ -20,6 +20,7 @@
 --   p:ix:<ws>[:wf:<id>|:st:<status>]  zset  executions by creation time
 --   p:ends                 zset    "<execution> <status> <ws> <wf>" that ended; score: when to forget it
 --   p:outbox               stream  messages for other partitions; p:seen zset, message ids applied here
+--   p:sub:<ws>:<name>      hash    who waits for a topic's events ("<execution> <step>") -> since when
 --   p:log:<name>           stream  what the relay delivered here
 --   p:ev:<ws>              stream  events of a workspace's topics here: n (name) b (JSON); cut and expired
 --                                  by INFERPIPE_EVENTS_KEPT_MAX and INFERPIPE_EVENTS_RETENTION_S
@@ -212,8 +213,8 @@ local function ask(p, eid, message, deadline_ms)
 end
 
 -- create: eid commit_id data ws workflow created_ms priority watcher backlog_max start_ms deadline_ms
---         payloads_n (name bytes)* [message_id target body]
--- With a message it waits for the answer, at most until its deadline, before it goes to a worker.
+--         payloads_n (name bytes)* out_n (message_id target body)* [message_id target body]
+-- With a last message it waits for the answer, at most until its deadline, before it goes to a worker.
 local function create(keys, args)
   local p, eid = keys[1], args[1]
   local s = p .. ':s:' .. eid
@@ -221,6 +222,11 @@ local function create(keys, args)
   if redis.call('ZCARD', p .. ':ready') >= tonumber(args[9]) then return {'overloaded'} end
   local ws, workflow, at = args[4], args[5], args[6]
   local m = keep_payloads(p, eid, args, 12)
+  for _ = 1, tonumber(args[m]) do
+    redis.call('XADD', p .. ':outbox', '*', 'm', args[m + 1], 't', args[m + 2], 'b', args[m + 3])
+    m = m + 3
+  end
+  m = m + 1
   local message = args[m] and {args[m], args[m + 1], args[m + 2]}
   redis.call('XADD', p .. ':j:' .. eid, '1-0', 'k', 'execution.created', 'd', '', 'c', args[2])
   redis.call('HSET', s, 'seq', '1', 'owner', '', 'status', 'pending', 'ws', ws, 'wf', workflow,

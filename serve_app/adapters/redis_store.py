@@ -28,12 +28,13 @@ from serve_app.adapters.payloads import (
 )
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_children import send_all, take_child_message
-from serve_app.adapters.redis_events import RedisEvents
+from serve_app.adapters.redis_events import EVENT_LOGS, RedisEvents
 from serve_app.adapters.redis_index import Flat, RedisIndex, fields_of, partition_key
+from serve_app.adapters.redis_outbox import message_args, read_outgoing
 from serve_app.adapters.redis_usage import booking_args
 from serve_app.adapters.redis_verdicts import entrance, take_verdict
 from serve_app.adapters.store_limits import DAY_MS, DEFAULT_LIMITS, StoreLimits
-from serve_app.core.app_events import CARRIED_OUT_LOGS, EVENT_LOG
+from serve_app.core.app_events import CARRIED_OUT_LOGS
 from serve_app.core.children import CHILD_LOGS
 from serve_app.core.errors import BodyTooLargeError, OverloadedError, StoreUnavailableError
 from serve_app.core.execution import Execution, ExecutionCreated, Status, new_execution
@@ -50,6 +51,7 @@ from serve_app.core.journal import (
     StoredEvent,
     partition_of,
 )
+from serve_app.core.subscriptions import at_acceptance
 from serve_app.core.usage import spending_of
 from serve_app.ports import Accepted, ListQuery
 
@@ -105,6 +107,7 @@ class RedisStore:
         _, data = encode_event(created, splitter)
         self._check_input(created, len(data) + sum(map(len, splitter.payloads.values())))
         asked = entrance(execution_id, created, self._partition_count)
+        subscriptions = at_acceptance(execution_id, created, self._partition_count)
         answer = await self._calls.fcall(
             "ip1_create",
             self._key(execution_id),
@@ -120,10 +123,12 @@ class RedisStore:
             start_at_ms,
             "" if created.deadline_ms is None else created.deadline_ms,
             *_payload_args(splitter),
+            len(subscriptions),
+            *(part for message in subscriptions for part in message_args(message)),
             *asked,
         )
         if answer[0] == b"new":
-            if asked:
+            if asked or subscriptions:
                 await self._relay_now(execution_id)
             return Accepted(is_new=True, execution=new_execution(execution_id, created))
         if answer[0] == b"same":
@@ -158,8 +163,7 @@ class RedisStore:
             args.extend((name, value))
         args.append(len(commit.outgoing))
         for message in commit.outgoing:
-            target = f"{message.target_partition}:{message.log}"
-            args.extend((message.message_id, target, message.body))
+            args.extend(message_args(message))
         args.extend(_payload_args(splitter))
         if verb == "end":
             args.append(self._kept_max)
@@ -266,7 +270,7 @@ class RedisStore:
             return await self._takers[outgoing.log](outgoing)
         args = (outgoing.message_id, outgoing.log, outgoing.body)
         kind = outgoing.log.partition(":")[0]
-        if kind == EVENT_LOG:
+        if kind in EVENT_LOGS:
             return await self._events.take(outgoing)
         return bool(await self._calls.fcall(APPLIED_BY.get(kind, "ip1_apply"), key, *args))
 
@@ -283,8 +287,9 @@ class RedisStore:
         """
         outbox = f"{partition_key(partition)}:outbox"
         rows = await self._calls.call("XRANGE", outbox, "-", "+", "COUNT", limit)
-        rows = [row for row in rows if self._can_take(_outgoing(row[1]).log)]
-        outcomes = await send_all([_outgoing(members) for _, members in rows], self.send)
+        rows = [row for row in rows if self._can_take(read_outgoing(row).log)]
+        messages = [read_outgoing(row) for row in rows]
+        outcomes = await send_all(messages, self.send)
         failures = [one for one in outcomes if isinstance(one, BaseException)]
         sent = [
             entry_id
@@ -296,7 +301,7 @@ class RedisStore:
         if failures:
             raise failures[0]
         # A gate answers through its own outbox, and somebody waits for it now.
-        gates = {_outgoing(m).target_partition for _, m in rows if _outgoing(m).log == GATE_LOG}
+        gates = {one.target_partition for one in messages if one.log == GATE_LOG}
         for target in gates - {partition} if answers_hops else ():
             await self.relay(target, limit, answers_hops - 1)
         return len(rows)
@@ -375,11 +380,6 @@ def _verb(commit: Commit, retention_ms: int) -> tuple[str, int]:
         assert commit.after.wake_at_ms is not None, "a waiting execution has a wake time"
         return "park", commit.after.wake_at_ms
     return "keep", 0
-
-
-def _outgoing(members: Mapping[bytes, bytes]) -> Outgoing:
-    partition_text, _, log = members[b"t"].decode().partition(":")
-    return Outgoing(members[b"m"].decode(), int(partition_text), log, members[b"b"])
 
 
 def _payload_args(splitter: Splitter) -> list[str | bytes | int]:

@@ -15,7 +15,8 @@ from serve_app.core.journal import Outgoing, partition_for
 
 EVENT_LOG = "event"  # messages that bring an event to its topic
 FAN_OUT_LOG = "event.out"  # from a topic to whoever carries the event out
-CARRIED_OUT_LOGS = frozenset({FAN_OUT_LOG})
+HEARD_LOG = "event.heard"  # an event of the log, for one subscriber who came after it
+CARRIED_OUT_LOGS = frozenset({FAN_OUT_LOG, HEARD_LOG})
 EVENT_ID_MAX = 256
 EVENT_NAME_MAX = 200
 RESERVED_PREFIX = "inngest/"  # names that its SDK keeps for the server's own events

@@ -171,11 +171,15 @@ class StepWaiting:
 
 @dataclass(frozen=True, slots=True)
 class SignalReceived:
-    """Somebody sent a signal; it is kept until a step takes it."""
+    """Somebody sent a signal, or an event came; it is kept until a step takes it.
+
+    `path` names the one step that an event is for, which waits for it.
+    """
 
     at_ms: int
     name: str
     data: JsonValue
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,11 +444,12 @@ _AT_WORK = frozenset({StepStatus.RUNNING, StepStatus.WAITING})
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """A signal that no step has taken yet; `seq` is that of its event."""
+    """A signal that no step has taken yet; `seq` is that of its event, `path` as there."""
 
     seq: int
     name: str
     data: JsonValue
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -616,10 +621,10 @@ def _with_execution(execution: Execution, event: Event) -> Execution:  # noqa: C
             return replace(execution, wake_at_ms=wake_at_ms)
         case ExecutionResumed():
             return replace(execution, wake_at_ms=None)
-        case SignalReceived(name=name, data=data):
+        case SignalReceived(name=name, data=data, path=path):
             # Who is parked looks at once, by whichever clock.
             wake_ms = 0 if execution.status is Status.WAITING else execution.wake_at_ms
-            signals = (*execution.signals, Signal(execution.seq, name, data))
+            signals = (*execution.signals, Signal(execution.seq, name, data, path))
             return replace(execution, signals=signals, wake_at_ms=wake_ms)
         case StepProgressed(progress=progress):
             return replace(execution, progress=progress)

@@ -60,12 +60,16 @@ class StoredEvent:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A message for a log in another partition; applied there once per `message_id`."""
+    """A message for a log in another partition; applied there once per `message_id`.
+
+    `left_at_ms` is when it was committed, by the clock of the store; 0: it has not left yet.
+    """
 
     message_id: str
     target_partition: int
     log: str
     body: bytes
+    left_at_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

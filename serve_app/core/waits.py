@@ -121,16 +121,26 @@ def _answer(
     if wait.kind is WaitKind.TIME:
         return None
     for signal in execution.signals:
-        if signal.seq in taken:
-            continue
-        if wait.kind is WaitKind.CHILD:
-            if signal.name == wait.event:
-                return signal
-            continue
-        if signal.name in (path, workflow.step(path).id):
+        if signal.seq not in taken and _fits(execution, workflow, path, wait, signal, evaluate):
             return signal
-        if wait.event == signal.name:
-            event: JsonValue = {"name": signal.name, "data": signal.data}
-            if event_matches(execution, workflow, path, event, evaluate):
-                return signal
     return None
+
+
+def _fits(
+    execution: Execution,
+    workflow: Workflow,
+    path: str,
+    wait: Wait,
+    signal: Signal,
+    evaluate: Evaluate,
+) -> bool:
+    if signal.path is not None:  # an event, judged when it was delivered
+        return signal.path == path
+    if wait.kind is WaitKind.CHILD:
+        return signal.name == wait.event
+    if signal.name in (path, workflow.step(path).id):
+        return True
+    if wait.event != signal.name:
+        return False
+    event: JsonValue = {"name": signal.name, "data": signal.data}
+    return event_matches(execution, workflow, path, event, evaluate)

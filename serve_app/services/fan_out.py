@@ -1,4 +1,4 @@
-"""Carrying an accepted event out: it starts every workflow with a trigger that takes it.
+"""Carrying an accepted event out: what it starts, whom it answers, what it cancels.
 
 Owns who hears of an event. The relay calls it until it returns, and perhaps once more: each thing
 it does is done once, by its derived id. Invariant: one workflow that cannot be started holds up no
@@ -10,13 +10,16 @@ import json
 import logging
 from collections.abc import Coroutine, Sequence
 
-from serve_app.core.app_events import HOPS_MAX, AppEvent
-from serve_app.core.errors import OverloadedError, StoreUnavailableError
+from serve_app.core.app_events import HEARD_LOG, HOPS_MAX, AppEvent, derived_event_id
+from serve_app.core.errors import OverloadedError, StepFailedError, StoreUnavailableError
 from serve_app.core.journal import Outgoing
 from serve_app.core.origin import Origin
+from serve_app.core.subscriptions import Subscriber, heard, is_waiting, read_subscriber
 from serve_app.core.triggers import is_started_by, started_by_event
 from serve_app.core.workflow import Workflow
-from serve_app.ports import ExecutionStore, Expressions, WorkflowCatalog
+from serve_app.event_ports import EventStore
+from serve_app.ports import Clock, ExecutionStore, Expressions, WorkflowCatalog
+from serve_app.services.appending import append
 from serve_app.services.triggered_starts import TriggeredStart, TriggeredStarts
 
 logger = logging.getLogger(__name__)
@@ -29,15 +32,19 @@ class FanOut:
 
     def __init__(
         self,
+        events: EventStore,
         store: ExecutionStore,
         catalog: WorkflowCatalog,
         expressions: Expressions,
         starts: TriggeredStarts,
+        clock: Clock,
     ) -> None:
+        self._events = events
         self._store = store
         self._catalog = catalog
         self._expressions = expressions
         self._starts = starts
+        self._clock = clock
 
     async def take(self, outgoing: Outgoing) -> bool:
         """Carry one event out; whether anything new came of it.
@@ -46,8 +53,16 @@ class FanOut:
             OverloadedError: not all of it could be done; the message is kept and comes again.
             StoreUnavailableError: likewise.
         """
-        event = AppEvent(**json.loads(outgoing.body))
-        return await _all_done(event, await self._starts_of(event))
+        message = json.loads(outgoing.body)
+        if outgoing.log == HEARD_LOG:
+            event, who = AppEvent(**message["event"]), read_subscriber(message["who"])
+            return await _all_done(event, [self._tell(event, who)])
+        event = AppEvent(**message)
+        has_new = await _all_done(event, await self._starts_of(event))
+        pages = self._events.subscribers(event.workspace, event.name, outgoing.left_at_ms)
+        async for page in pages:
+            has_new |= await _all_done(event, [self._tell(event, who) for who in page])
+        return has_new
 
     async def _starts_of(self, event: AppEvent) -> list[Coroutine[object, object, bool]]:
         if event.hops >= HOPS_MAX:
@@ -74,6 +89,26 @@ class FanOut:
             hops=event.hops + 1,
         )
         return await self._starts.start(wish)
+
+    async def _tell(self, event: AppEvent, who: Subscriber) -> bool:
+        """Append what the event means to one who waits for it."""
+        execution = await self._store.load(who.execution_id)
+        if execution is None or not is_waiting(execution, who.path, event.name):
+            await self._events.forget(event.workspace, event.name, who)
+            return False
+        created = execution.created
+        if created.workspace != event.workspace:
+            return False  # it cannot be: topics are a workspace's own
+        workflow = await self._catalog.version(
+            created.workspace, created.workflow_id, created.workflow_version
+        )
+        now_ms, evaluate = self._clock.now_ms(), self._expressions.evaluate
+        try:
+            decide = heard(event, who.path, workflow, now_ms, evaluate)
+            commit_id = derived_event_id("heard", event.id, event.name, str(who))
+            return await append(self._store, execution, commit_id, decide)
+        except StepFailedError:
+            return False  # its `if` has no value for this event: it is none of the step's
 
 
 async def _all_done(event: AppEvent, works: Sequence[Coroutine[object, object, bool]]) -> bool:

@@ -34,6 +34,7 @@ from serve_app.core.failures import StepErrored
 from serve_app.core.inference import Usage
 from serve_app.core.journal import Outgoing
 from serve_app.core.scope import scope_of
+from serve_app.core.subscriptions import at_commit
 from serve_app.core.template import render
 from serve_app.core.tools import turn_of
 from serve_app.core.workflow import Workflow
@@ -147,6 +148,7 @@ class Planner:
                     self._compute(plan, event, now_ms)
         partition_count = self._partition_count
         plan.outgoing += cancels(plan.after, plan.events, partition_count)
+        plan.outgoing += at_commit(plan.after, plan.events, partition_count)
         if plan.after.is_terminal:
             plan.outgoing += end(plan.after, partition_count)
         return plan
