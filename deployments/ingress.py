@@ -5,6 +5,7 @@ from ray import serve
 
 from deployments.background import Background
 from deployments.composition import compose, publish
+from serve_app.adapters.collector import set_aside_what_stays
 from serve_app.adapters.redis_connect import connect
 from serve_app.adapters.serve_admission import Handle, ServeAdmission
 from serve_app.adapters.system import SystemClock, SystemEntropy
@@ -52,7 +53,9 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, once the constructor is done."""
-        return create_app(self._services)
+        app = create_app(self._services)
+        set_aside_what_stays()
+        return app
 
     async def check_health(self) -> None:
         """Unhealthy when the hub or the sampler has ended."""

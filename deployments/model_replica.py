@@ -9,6 +9,7 @@ from ray import serve
 
 from deployments.addresses import own_address
 from deployments.background import Background
+from serve_app.adapters.collector import set_aside_what_stays
 from serve_app.adapters.engine_slot import EngineSlot
 from serve_app.adapters.metrics import EngineMetrics
 from serve_app.adapters.redis_connect import connect, metrics_of, redis_options
@@ -84,6 +85,7 @@ class ModelReplica:
         self._background.start("reports", self._report_load())
         metrics = metrics_of(settings, self._stores, self._clock, f"model-{self._replica_id}")
         self._background.start("metrics", metrics.run())
+        set_aside_what_stays()
 
     async def check_health(self) -> None:
         """Unhealthy when the engine is dead or stands still."""

@@ -3,6 +3,7 @@
 from ray import serve
 
 from deployments.background import Background
+from serve_app.adapters.collector import set_aside_what_stays
 from serve_app.adapters.redis_connect import connect, metrics_of
 from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.system import SystemClock, SystemEntropy
@@ -39,6 +40,7 @@ class RouterDeployment:
         self._background.start("router", self._router.run())
         process = f"router-{SystemEntropy().token()}"
         self._background.start("metrics", metrics_of(settings, self._stores, clock, process).run())
+        set_aside_what_stays()
 
     async def admit(self, request: AdmitRequest) -> Grant:
         """Choose a replica; see `ports.Admission`."""

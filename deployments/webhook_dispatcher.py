@@ -7,6 +7,7 @@ from ray import serve
 
 from deployments.background import Background
 from deployments.webhooks import dispatcher_of, guarded_http
+from serve_app.adapters.collector import set_aside_what_stays
 from serve_app.adapters.redis_connect import connect, metrics_of
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.telemetry import configure_logging
@@ -38,6 +39,7 @@ class WebhookDispatcher:
         process = f"dispatcher-{self._dispatcher.dispatcher_id}"
         metrics = metrics_of(settings, self._stores, self._clock, process)
         self._background.start("metrics", metrics.run())
+        set_aside_what_stays()
 
     async def check_health(self) -> None:
         """Unhealthy when the dispatcher ended or looks at no queue any more."""

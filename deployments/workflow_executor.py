@@ -8,6 +8,7 @@ from ray import serve
 from deployments.addresses import own_address
 from deployments.background import Background
 from deployments.worker import Worker
+from serve_app.adapters.collector import set_aside_what_stays
 from serve_app.adapters.redis_connect import metrics_of
 from serve_app.adapters.serve_admission import Handle, ServeAdmission
 from serve_app.adapters.system import SystemClock, SystemEntropy
@@ -44,6 +45,7 @@ class WorkflowExecutor:
         )
         self._background.start("metrics", metrics.run())
         self._background.start("peers", self._worker.watch_peers())
+        set_aside_what_stays()
 
     async def check_health(self) -> None:
         """Unhealthy when the worker ended or its heartbeat stands still."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from serve_app.adapters.collector import set_aside_what_stays
 from serve_app.core.errors import ModelNotAvailableError, OverloadedError, ServeAppError
 from serve_app.ports import Clock, Entropy, Generate, OpenAiAnswer, OpenAiCall, OpenAiModel
 
@@ -63,6 +64,7 @@ class LazyOpenAi:
         except Exception:  # the other surfaces go on; calls to this one are told
             logger.exception("the serving code of OpenAI's API does not load")
         else:
+            set_aside_what_stays()
             took_s = round(self._clock.monotonic_s() - started_s, 1)
             logger.info("the serving code of OpenAI's API is loaded", extra={"took_s": took_s})
         self._models = tuple(
