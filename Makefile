@@ -40,7 +40,7 @@ chaos: ## kill things while they work, and check the promises
 	@$(PYTEST) --durations=15 tests/chaos
 
 bench: ## measure: the link, overhead, workflows beside the peers, tokens, sockets, sessions, footprint, routing, the plane
-	@for bench in link overhead peers tokens webhooks retention footprint openai routing plane websocket sessions; do \
+	@for bench in link overhead fairness peers tokens webhooks retention footprint openai routing plane websocket sessions; do \
 		echo "== loadtests/$$bench.py"; $(BIN)/python -m loadtests.$$bench || exit 1; done
 
 docs: ## write the generated pages: states and settings

@@ -167,7 +167,10 @@ class Settings(BaseSettings):
     )
     partitions: int = Field(16, ge=1, le=256, description="Fixed for the life of the store.")
     backlog_max: int = Field(
-        10_000, ge=1, description="Executions waiting in one partition; beyond it 503."
+        10_000,
+        ge=1,
+        description="Executions waiting in one partition; beyond it 503, to workspaces that have "
+        "their share of it waiting.",
     )
     payload_inline_bytes: int = Field(
         65_536,

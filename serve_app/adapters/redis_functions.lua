@@ -11,7 +11,10 @@
 --   p:j:<execution>        stream  journal: id "<seq>-0", fields k (kind) d (JSON) c (commit id);
 --                                  the first entry's d is empty: the snapshot's `created` has it
 --   p:b:<execution>        hash    payloads above the inline bound, by the name records refer to
---   p:ready                zset    executions without an owner that have work; score: priority, age
+--   p:line:<ws>            zset    executions without an owner that have work; score: priority, age
+--   p:turns                zset    workspaces with a line; score: when their turn is, in virtual time
+--   p:owed                 zset    those without one whose turn would be later than everybody's; likewise
+--   p:depth                string  how many executions are in all lines
 --   p:timers               zset    parked executions; score: when to wake, Unix ms
 --   p:workers              zset    live workers; score: when the lease runs out, Unix ms
 --   p:owned:<worker>       set     executions the worker owns
@@ -74,8 +77,76 @@ local function text(n)
   return string.format('%.0f', n)
 end
 
--- Put an execution that has work to a live worker with room, or on the ready queue.
-local function assign(p, eid, prio, created)
+-- Executions that wait for a worker stand in their workspace's line, by priority and age, and the
+-- workspaces take turns: start-time fair queueing (Goyal, Vin, Cheng: SIGCOMM 1996) with a cost of
+-- one for each execution, so a workspace that queues thousands puts another off by one execution and
+-- no more. Virtual time is the first of the turns; a line that begins gets its turn there, unless
+-- what it had lately owes it a later one. O(log n); what is owed is dropped once it is past.
+local function turns(p, first, last)
+  return redis.call('ZRANGE', p .. ':turns', first, last, 'WITHSCORES')
+end
+
+local function line_up(p, ws, eid, prio)
+  local line = p .. ':line:' .. ws
+  local place = text(now_ms() - (tonumber(prio) or 0) * 1e13)
+  if redis.call('ZADD', line, 'NX', place, eid) == 0 then return end
+  redis.call('INCR', p .. ':depth')
+  redis.call('SPUBLISH', p .. ':bell', cmsgpack.pack({'ready'}))
+  if redis.call('ZCARD', line) > 1 then return end
+  local first, owed = turns(p, 0, 0)[2], redis.call('ZSCORE', p .. ':owed', ws)
+  local turn = first and math.max(tonumber(first), tonumber(owed or '0')) or 0
+  redis.call('ZADD', p .. ':turns', text(turn), ws)
+  redis.call('ZREM', p .. ':owed', ws)
+  if not first then redis.call('DEL', p .. ':owed') end
+end
+
+-- So many have left the line of a workspace, whose next turn is at `turn`.
+local function left_line(p, ws, turn, count)
+  redis.call('DECRBY', p .. ':depth', count)
+  if redis.call('EXISTS', p .. ':line:' .. ws) == 1 then
+    redis.call('ZADD', p .. ':turns', text(turn), ws)
+  else
+    redis.call('ZREM', p .. ':turns', ws)
+    redis.call('ZADD', p .. ':owed', text(turn), ws)
+  end
+end
+
+local function step_out(p, ws, eid)
+  if redis.call('ZREM', p .. ':line:' .. ws, eid) == 1 then
+    left_line(p, ws, tonumber(redis.call('ZSCORE', p .. ':turns', ws)), 1)
+  end
+end
+
+-- The executions whose turn it is, at most `limit`.
+local function next_in_line(p, limit)
+  local got = {}
+  while #got < limit do
+    local first = turns(p, 0, 1)
+    local ws, alone = first[1], not first[3]
+    if not ws then break end
+    local popped = redis.call('ZPOPMIN', p .. ':line:' .. ws, alone and limit - #got or 1)
+    for i = 1, #popped, 2 do got[#got + 1] = popped[i] end
+    left_line(p, ws, tonumber(first[2]) + math.max(1, #popped / 2), #popped / 2)
+  end
+  local first = turns(p, 0, 0)[2]
+  if first then redis.call('ZREMRANGEBYSCORE', p .. ':owed', '-inf', first) end
+  return got
+end
+
+local function depth(p)
+  return tonumber(redis.call('GET', p .. ':depth') or '0')
+end
+
+-- Whether one more of this workspace is too many: all lines are full, and its own has its share.
+local function is_full(p, ws, waiting, limit)
+  if waiting < limit then return false end
+  local count = redis.call('ZCARD', p .. ':turns')
+  if not redis.call('ZSCORE', p .. ':turns', ws) then count = count + 1 end
+  return redis.call('ZCARD', p .. ':line:' .. ws) >= limit / count
+end
+
+-- Put an execution that has work to a live worker with room, or into its line.
+local function assign(p, ws, eid, prio, created)
   local now = now_ms()
   local capacity = tonumber(redis.call('GET', p .. ':capacity') or '0')
   local best, least
@@ -92,8 +163,7 @@ local function assign(p, eid, prio, created)
     redis.call('SPUBLISH', p .. ':w:' .. best, cmsgpack.pack({'start', eid, token, created or ''}))
     return token
   end
-  redis.call('ZADD', p .. ':ready', text(now - (tonumber(prio) or 0) * 1e13), eid)
-  redis.call('SPUBLISH', p .. ':bell', cmsgpack.pack({'ready'}))
+  line_up(p, ws, eid, prio)
   return ''
 end
 
@@ -219,8 +289,9 @@ local function create(keys, args)
   local p, eid = keys[1], args[1]
   local s = p .. ':s:' .. eid
   if redis.call('EXISTS', s) == 1 then return {'same', redis.call('HGETALL', s)} end
-  if redis.call('ZCARD', p .. ':ready') >= tonumber(args[9]) then return {'overloaded'} end
   local ws, workflow, at = args[4], args[5], args[6]
+  local waiting = depth(p)
+  if is_full(p, ws, waiting, tonumber(args[9])) then return {'overloaded'} end
   local m = keep_payloads(p, eid, args, 12)
   for _ = 1, tonumber(args[m]) do
     redis.call('XADD', p .. ':outbox', '*', 'm', args[m + 1], 't', args[m + 2], 'b', args[m + 3])
@@ -239,8 +310,10 @@ local function create(keys, args)
     redis.call('ZADD', p .. ':timers', args[10], eid)
   elseif message then
     ask(p, eid, message, args[11])
+  elseif waiting > 0 then
+    line_up(p, ws, eid, args[7])  -- a place that has just become free is another's
   else
-    assign(p, eid, args[7], #args[3] <= PUBLISH_MAX and args[3] or '')
+    assign(p, ws, eid, args[7], #args[3] <= PUBLISH_MAX and args[3] or '')
   end
   return {'new'}
 end
@@ -305,10 +378,10 @@ local function commit(keys, args)
   if verb == 'append' and owner == '' then
     -- It may wait on a timer or on the queue; a worker that has it must be its only place.
     redis.call('ZREM', p .. ':timers', eid)
-    redis.call('ZREM', p .. ':ready', eid)
-    assign(p, eid, h[7])
+    step_out(p, h[4], eid)
+    assign(p, h[4], eid, h[7])
   end
-  return {'new', redis.call('ZCARD', p .. ':ready')}
+  return {'new', depth(p)}
 end
 
 local function reap(p, worker)
@@ -316,10 +389,10 @@ local function reap(p, worker)
   local orphans = redis.call('SMEMBERS', p .. ':owned:' .. worker)
   redis.call('DEL', p .. ':owned:' .. worker)
   for _, eid in ipairs(orphans) do
-    local h = redis.call('HMGET', p .. ':s:' .. eid, 'owner', 'prio')
+    local h = redis.call('HMGET', p .. ':s:' .. eid, 'owner', 'prio', 'ws')
     if h[1] and string.match(h[1], '^(.*)/') == worker then
       redis.call('HSET', p .. ':s:' .. eid, 'owner', '')
-      assign(p, eid, h[2])
+      assign(p, h[3], eid, h[2])
     end
   end
   return #orphans
@@ -344,18 +417,23 @@ local function heartbeat(keys, args)
   for _, eid in ipairs(redis.call('ZRANGEBYSCORE', p .. ':timers', '-inf', text(now), 'LIMIT', 0, DUE_MAX)) do
     redis.call('ZREM', p .. ':timers', eid)
     local s = p .. ':s:' .. eid
-    local h = redis.call('HMGET', s, 'owner', 'prio', 'ask', 'due')
+    local h = redis.call('HMGET', s, 'owner', 'prio', 'ask', 'due', 'ws')
     if h[1] == '' and h[3] then
       redis.call('HDEL', s, 'ask', 'due')
       ask(p, eid, cmsgpack.unpack(h[3]), h[4])
     elseif h[1] == '' then
-      assign(p, eid, h[2])
+      assign(p, h[5], eid, h[2])
     end
+  end
+  local queued = redis.call('ZPOPMIN', p .. ':ready', DUE_MAX)  -- of a version that had one queue
+  for i = 1, #queued, 2 do
+    local h = redis.call('HMGET', p .. ':s:' .. queued[i], 'ws', 'prio')
+    if h[1] then line_up(p, h[1], queued[i], h[2]) end
   end
   forget_expired(p, FORGET_MAX)
   local next_timer = redis.call('ZRANGE', p .. ':timers', 0, 0, 'WITHSCORES')
   return {
-    text(now), next_timer[2] or '-1', redis.call('ZCARD', p .. ':ready'),
+    text(now), next_timer[2] or '-1', depth(p),
     redis.call('SCARD', p .. ':owned:' .. worker), redis.call('XLEN', p .. ':outbox'), reaped,
     redis.call('ZRANGEBYSCORE', p .. ':workers', '(' .. text(now), '+inf', 'LIMIT', 0, 64),
   }
@@ -369,9 +447,7 @@ end
 -- claim: worker limit -> {{eid, token, snapshot}...}
 local function claim(keys, args)
   local p, worker, got = keys[1], args[1], {}
-  local popped = redis.call('ZPOPMIN', p .. ':ready', args[2])
-  for i = 1, #popped, 2 do
-    local eid = popped[i]
+  for _, eid in ipairs(next_in_line(p, tonumber(args[2]))) do
     local s = p .. ':s:' .. eid
     if redis.call('HGET', s, 'owner') == '' then
       local token = worker .. '/' .. redis.call('INCR', p .. ':tokens')

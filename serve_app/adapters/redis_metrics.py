@@ -78,11 +78,11 @@ class RedisMetrics:
     async def _ready_depth(self) -> int:
         depths = await asyncio.gather(
             *(
-                self._calls.call("ZCARD", f"ip:{{{partition}}}:ready")
+                self._calls.call("GET", f"ip:{{{partition}}}:depth")
                 for partition in range(self._partition_count)
             )
         )
-        return sum(map(int, depths))
+        return sum(int(depth or 0) for depth in depths)
 
 
 class _Pages(Collector):

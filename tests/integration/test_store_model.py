@@ -85,14 +85,16 @@ class StoreMachine(RuleBasedStateMachine):
         self.count += 1
         return f"n{self.count}"
 
-    @rule(target=executions, priority=st.integers(-100, 100))
-    def create(self, priority: int) -> str:
+    @rule(
+        target=executions, priority=st.integers(-100, 100), workspace=st.sampled_from(("ws", "wt"))
+    )
+    def create(self, priority: int, workspace: str) -> str:
         eid = execution_id(PARTITION, self.unique())
-        created = ExecutionCreated(0, "ws", "wf", 1, {"deep": [1]}, priority=priority)
+        created = ExecutionCreated(0, workspace, "wf", 1, {"deep": [1]}, priority=priority)
         accepted = self.run(self.bench.store.create(eid, created, "create", "ingress"))
         assert accepted.is_new
         self.model.journals[eid] = Journal(new_execution(eid, created), [("create", created)])
-        self.model.assign(eid, self.owner(eid))
+        self.model.assign(eid, self.owner(eid), is_new=True)
         return eid
 
     @rule(eid=executions)
@@ -235,7 +237,11 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def queues_agree(self) -> None:
         prefix = f"ip:{{{PARTITION}}}"
-        ready = {m.decode() for m in self.run(self.bench.client.zrange(f"{prefix}:ready", 0, -1))}
+        lines = self.run(self.bench.keys(f"{prefix}:line:*"))
+        ready = {
+            m.decode() for line in lines for m in self.run(self.bench.client.zrange(line, 0, -1))
+        }
+        assert len(ready) == int(self.run(self.bench.client.get(f"{prefix}:depth")) or 0)
         assert ready == {
             eid for eid, j in self.model.journals.items() if j.is_ready and not j.owner
         }

@@ -39,10 +39,14 @@ class StoreModel:
         least = min(room.values(), default=0)
         return {worker for worker, count in room.items() if count == least}
 
-    def assign(self, eid: str, token: str) -> None:
-        """Take over the store's choice after checking that it was allowed."""
+    def assign(self, eid: str, token: str, *, is_new: bool = False) -> None:
+        """Take over the store's choice after checking that it was allowed.
+
+        What is new goes behind whatever waits, room or not.
+        """
         journal = self.journals[eid]
-        allowed = self.least_owned()
+        is_behind = is_new and any(one.is_ready for one in self.journals.values())
+        allowed = set() if is_behind else self.least_owned()
         worker = token.rpartition("/")[0]
         assert (worker in allowed) if allowed else token == "", (token, allowed)
         journal.owner, journal.is_ready = token, token == ""
