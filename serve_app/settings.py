@@ -167,10 +167,7 @@ class Settings(BaseSettings):
     )
     partitions: int = Field(16, ge=1, le=256, description="Fixed for the life of the store.")
     backlog_max: int = Field(
-        10_000,
-        ge=1,
-        description="Executions waiting in one partition; beyond it 503, to workspaces that have "
-        "their share of it waiting.",
+        10_000, ge=1, description="Executions waiting in one partition; beyond its share of it 503."
     )
     payload_inline_bytes: int = Field(
         65_536,
@@ -182,10 +179,7 @@ class Settings(BaseSettings):
         8 << 20, ge=1024, description="Largest input of an execution, as JSON; beyond it 413."
     )
     result_max_bytes: int = Field(
-        8 << 20,
-        ge=1024,
-        description="Largest result of a step, a composite or an execution, as JSON; beyond it "
-        "that fails.",
+        8 << 20, ge=1024, description="Largest result, of a step or an execution, as JSON."
     )
     flow_waiting_max: int = Field(
         1_000, ge=0, description="Executions in line before one concurrency limit or cache entry."
