@@ -6,6 +6,7 @@ from importlib import resources
 import yaml
 
 from serve_app.adapters.cel_expressions import CelExpressions
+from serve_app.adapters.cronsim_schedules import CronSchedules
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_config import SHIPPED, RedisCatalog
@@ -32,6 +33,7 @@ def catalog_of(calls: RedisCalls, step_types: Mapping[str, StepType], clock: Clo
             check_expression=expressions.check,
             check_schema=schemas.check,
             step_checks={name: kind.check for name, kind in step_types.items()},
+            check_schedule=CronSchedules().check,
         )
 
     return RedisCatalog(calls, parse, clock)

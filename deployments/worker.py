@@ -7,7 +7,7 @@ import asyncio
 import logging
 
 from deployments.definitions import catalog_of, children_of
-from deployments.events import carry_out_events
+from deployments.events import carry_out_events, timekeeper_of
 from deployments.webhooks import endings_of, guarded_http
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
@@ -20,6 +20,7 @@ from serve_app.ports import Admission, Clock, Entropy
 from serve_app.services.executor import Executor, WorkerLimits
 from serve_app.services.inference import Inference
 from serve_app.services.planner import Runtime
+from serve_app.services.timekeeper import Timekeeper
 from serve_app.settings import Settings
 from serve_app.steps import step_types
 from serve_app.steps.bounds import bounded
@@ -28,12 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """Composes one `Executor`; `begin` makes it, then run `executor` and `watch_peers`.
+    """Composes one `Executor` and its `Timekeeper`.
 
-    `host` is where its peers reach it.
+    `begin` makes them; then run `executor`, `timekeeper` and `watch_peers`. `host` is where its
+    peers reach it.
     """
 
     executor: Executor
+    timekeeper: Timekeeper
 
     def __init__(
         self,
@@ -90,6 +93,9 @@ class Worker:
             RedisBells(self.stores.nodes, channels, self._clock),
             self._catalog,
             WorkerLimits(settings.lease_ttl_ms, settings.heartbeat_ms, settings.executor_capacity),
+        )
+        self.timekeeper = timekeeper_of(
+            settings, self.stores, self._catalog, self._clock, worker_id
         )
 
     async def watch_peers(self) -> None:

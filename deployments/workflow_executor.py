@@ -44,6 +44,7 @@ class WorkflowExecutor:
             settings, self._worker.stores, self._clock, f"executor-{executor.worker_id}"
         )
         self._background.start("metrics", metrics.run())
+        self._background.start("timekeeper", self._worker.timekeeper.run())
         self._background.start("peers", self._worker.watch_peers())
         set_aside_what_stays()
 

@@ -13,6 +13,7 @@ from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.core.auth import KeyRecord, Principal, Scope, key_digest
 from serve_app.core.errors import UnknownWorkflowError
 from serve_app.core.limits import read_limits
+from serve_app.core.triggers import CronTrigger, EventTrigger
 from serve_app.core.workflow import Workflow
 from serve_app.ports import Clock, Defined
 
@@ -68,6 +69,8 @@ class RedisCatalog:
         # What was parsed is what is stored: plain JSON, whatever the document came as.
         data = orjson.dumps(workflow.document, option=orjson.OPT_SORT_KEYS)
         base = 0
+        clocks = [one for one in workflow.triggers if isinstance(one, CronTrigger)]
+        has_clock = bool(clocks) and workspace != SHIPPED  # a shipped one runs for nobody
         if workspace != SHIPPED:
             base = await self._last_version(SHIPPED, workflow.id)
         version, is_new = await self._calls.fcall(
@@ -77,7 +80,8 @@ class RedisCatalog:
             workflow.id,
             data,
             base,
-            int(bool(workflow.triggers)),
+            int(any(isinstance(one, EventTrigger) for one in workflow.triggers)),
+            int(has_clock),
         )
         self._latest.drop(f"{workspace}:{workflow.id}")
         self._triggered.drop(workspace)

@@ -49,6 +49,8 @@
 --   ip:{config}:wf:<ws>:<id>  hash  version -> definition, at:<version>, latest (live), last (ever)
 --   ip:{config}:wfs:<ws>      set   ids of live definitions
 --   ip:{config}:trig:<ws>     hash  id -> latest version, of live definitions that events start
+--   ip:{config}:cron          zset  "<ws> <id>" of live definitions with a clock; score: when it is due, Unix ms
+--   ip:{config}:cron:from     hash  the same -> "<ms up to which all was started> <version>"; :owner string, lease
 --   ip:{config}:keys          hash  key hash -> record
 --   ip:{config}:replicas      hash  replica id -> last report; sharded channel ip:{config}:reports
 --   ip:{config}:limit:<ws>:<key>  hash  requests and tokens of a limited key; lasts for its window
@@ -503,7 +505,14 @@ local function spend(keys, args)
   return 1
 end
 
--- define: ws id definition base is_triggered -> {version, 1 when it is new}
+-- Nothing starts a definition by itself any more.
+local function untrigger(p, ws, id)
+  redis.call('HDEL', p .. ':trig:' .. ws, id)
+  redis.call('ZREM', p .. ':cron', ws .. ' ' .. id)
+  redis.call('HDEL', p .. ':cron:from', ws .. ' ' .. id)
+end
+
+-- define: ws id definition base has_events has_clock -> {version, 1 when it is new}
 -- The same definition again keeps its version. Numbers go on from `base`, the latest of the
 -- definition that this one overrides, so that a number means one definition in a workspace.
 local function define(keys, args)
@@ -511,18 +520,23 @@ local function define(keys, args)
   local latest = tonumber(redis.call('HGET', key, 'latest') or '0')
   redis.call('SADD', keys[1] .. ':wfs:' .. args[1], args[2])
   if latest > 0 and redis.call('HGET', key, text(latest)) == args[3] then return {latest, 0} end
-  redis.call('HDEL', keys[1] .. ':trig:' .. args[1], args[2])
+  untrigger(keys[1], args[1], args[2])
   local version = math.max(tonumber(redis.call('HGET', key, 'last') or '0'), tonumber(args[4])) + 1
   redis.call('HSET', key, text(version), args[3], 'latest', version, 'last', version,
     'at:' .. text(version), text(now_ms()))
   if args[5] == '1' then redis.call('HSET', keys[1] .. ':trig:' .. args[1], args[2], version) end
+  if args[6] == '1' then
+    local clock = args[1] .. ' ' .. args[2]
+    redis.call('ZADD', keys[1] .. ':cron', 0, clock)
+    redis.call('HSET', keys[1] .. ':cron:from', clock, text(now_ms()) .. ' ' .. text(version))
+  end
   return {version, 1}
 end
 
 -- undefine: ws id -> 1 when it was there; versions stay for the executions that run them
 local function undefine(keys, args)
   redis.call('SREM', keys[1] .. ':wfs:' .. args[1], args[2])
-  redis.call('HDEL', keys[1] .. ':trig:' .. args[1], args[2])
+  untrigger(keys[1], args[1], args[2])
   return redis.call('HDEL', keys[1] .. ':wf:' .. args[1] .. ':' .. args[2], 'latest')
 end
 

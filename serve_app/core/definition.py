@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from serve_app.core.definition_checks import Checks
+from serve_app.core.definition_checks import Checks, CheckSchedule
 from serve_app.core.errors import InvalidWorkflowError, Problem
 from serve_app.core.flow_definition import flow_control
 from serve_app.core.inference import JsonValue
@@ -60,6 +60,7 @@ def parse_workflow(
     check_expression: Callable[[str], str | None],
     check_schema: Callable[[object], str | None],
     step_checks: Mapping[str, StepCheck],
+    check_schedule: CheckSchedule | None = None,
 ) -> Workflow:
     """Check a definition and give it as a value.
 
@@ -68,6 +69,8 @@ def parse_workflow(
         check_expression: why a text is no expression, or None.
         check_schema: why a value is no JSON Schema, or None.
         step_checks: by step type; each gets settings whose templates parse.
+        check_schedule: what is wrong with a cron text in a time zone, and why; None: there are no
+            schedules.
 
     Raises:
         InvalidWorkflowError: with every problem found, each with its place.
@@ -78,7 +81,8 @@ def parse_workflow(
     if problems:
         raise _refusal(problems)
     definition = {key: value for key, value in plain.items() if key not in ANSWER_KEYS}
-    return _Parsing(Checks(check_expression), check_schema, step_checks).workflow(definition)
+    checks = Checks(check_expression, check_schedule)
+    return _Parsing(checks, check_schema, step_checks).workflow(definition)
 
 
 def _refusal(problems: Sequence[Problem]) -> InvalidWorkflowError:

@@ -18,17 +18,31 @@ ATTEMPTS_MAX = 100  # tries after the first
 RETRY_KEYS = ("attempts", "backoff", "maxDelay")
 
 
+CheckSchedule = Callable[[str, str], tuple[str, str] | None]
+
+
 class Checks:
     """The problems and the expressions found so far."""
 
-    def __init__(self, check_expression: Callable[[str], str | None]) -> None:
+    def __init__(
+        self,
+        check_expression: Callable[[str], str | None],
+        check_schedule: CheckSchedule | None = None,
+    ) -> None:
         self.problems: list[Problem] = []
         self.mentions: list[Mention] = []
         self._check_expression = check_expression
+        self._check_schedule = check_schedule
 
     def note(self, loc: Loc, message: str) -> None:
         """Something is wrong at this place."""
         self.problems.append(Problem(loc, message))
+
+    def schedule(self, cron: str, timezone: str) -> tuple[str, str] | None:
+        """Why there is no such schedule: the member that is wrong, and the reason."""
+        if self._check_schedule is None:
+            return "cron", "nothing here keeps time"
+        return self._check_schedule(cron, timezone)
 
     def refuse_unknown(
         self,

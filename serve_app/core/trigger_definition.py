@@ -4,35 +4,59 @@ Owns their form. Carries nothing out. Invariant: a condition mentions only what 
 evaluated, which is before any step has run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from serve_app.core.app_events import event_name_problem
 from serve_app.core.definition_checks import Checks
 from serve_app.core.inference import JsonValue
 from serve_app.core.step_graph import Level, Place
 from serve_app.core.template import Loc, outline
-from serve_app.core.triggers import WILDCARD, CancelOn, EventTrigger, Trigger
+from serve_app.core.triggers import WILDCARD, CancelOn, CatchUp, CronTrigger, EventTrigger, Trigger
 
 TRIGGERS_MAX = 20  # each is asked for every event of the workspace
 CANCEL_ON_MAX = 10  # each is a subscription of every execution
 EVENT_KEYS = ("event", "if")
+CRON_KEYS = ("cron", "timezone", "catchUp")
 _HIDDEN = frozenset({"input", "steps", "execution", "item", "index"})
 
 
 def triggers(document: Mapping[str, JsonValue], checks: Checks) -> tuple[Trigger, ...]:
     """What starts the workflow by itself; mistakes go to `checks`."""
-    found = []
+    found: list[Trigger] = []
     for value, loc in _objects(
         document, "triggers", TRIGGERS_MAX, "{event: app/ticket.created}", checks
     ):
-        checks.refuse_unknown(value, loc, EVENT_KEYS)
-        name = value.get("event")
-        problem = None if name == WILDCARD else _pattern_problem(name)
-        if problem is not None:
-            checks.note((*loc, "event"), f"{problem}; `*` may end it")
-        condition = _condition(value, loc, _HIDDEN, checks)
-        found.append(EventTrigger(str(name), condition))
+        kinds = [kind for kind in _KINDS if kind in value]
+        if len(kinds) == 1:
+            found.append(_KINDS[kinds[0]](value, loc, checks))
+        else:
+            checks.note(loc, f"needs one key of {', '.join(_KINDS)} to name its kind")
     return tuple(found)
+
+
+def _event(value: Mapping[str, JsonValue], loc: Loc, checks: Checks) -> EventTrigger:
+    checks.refuse_unknown(value, loc, EVENT_KEYS)
+    name = value.get("event")
+    problem = None if name == WILDCARD else _pattern_problem(name)
+    if problem is not None:
+        checks.note((*loc, "event"), f"{problem}; `*` may end it")
+    return EventTrigger(str(name), _condition(value, loc, _HIDDEN, checks))
+
+
+def _cron(value: Mapping[str, JsonValue], loc: Loc, checks: Checks) -> CronTrigger:
+    checks.refuse_unknown(value, loc, CRON_KEYS)
+    cron, timezone = value.get("cron"), value.get("timezone", "UTC")
+    catch_up = value.get("catchUp", CatchUp.LATEST.value)
+    if not isinstance(cron, str) or not isinstance(timezone, str):
+        checks.note((*loc, "cron"), 'is text such as "0 9 * * 1-5"; timezone: Europe/Berlin')
+    elif (problem := checks.schedule(cron, timezone)) is not None:
+        member, message = problem
+        checks.note((*loc, member), message)
+    if catch_up not in tuple(CatchUp):
+        checks.note((*loc, "catchUp"), f"is one of {', '.join(CatchUp)}")
+        catch_up = CatchUp.LATEST.value
+    return CronTrigger(str(cron), str(timezone), CatchUp(str(catch_up)))
 
 
 def cancel_on(document: Mapping[str, JsonValue], checks: Checks) -> tuple[CancelOn, ...]:
@@ -93,3 +117,8 @@ def _condition(
             checks.mentions.pop()  # one problem is enough
             checks.note(loc, f"{', '.join(unseen)} cannot be seen here; event can")
     return condition
+
+
+_KINDS: Mapping[str, Callable[[Mapping[str, JsonValue], Loc, Checks], Trigger]] = MappingProxyType(
+    {"event": _event, "cron": _cron}
+)

@@ -7,6 +7,7 @@ carries it out again starts nothing again.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from serve_app.core.errors import StepFailedError
 from serve_app.core.inference import JsonValue
@@ -36,7 +37,29 @@ class EventTrigger:
         return name == self.event
 
 
-Trigger = EventTrigger
+class CatchUp(StrEnum):
+    """What becomes of due times that passed while nobody could start anything."""
+
+    SKIP = "skip"
+    LATEST = "latest"
+    ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class CronTrigger:
+    """A clock starts it.
+
+    Args:
+        cron: five fields: minute, hour, day of month, month, day of week.
+        timezone: of the IANA data base; the fields are read on a clock there.
+    """
+
+    cron: str
+    timezone: str = "UTC"
+    catch_up: CatchUp = CatchUp.LATEST
+
+
+Trigger = EventTrigger | CronTrigger
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +85,9 @@ def is_started_by(
     name = event["name"]
     assert isinstance(name, str), "every event has one"
     for trigger in triggers:
-        if trigger.takes(name) and holds(trigger.condition, {"event": event}, evaluate):
+        if not isinstance(trigger, EventTrigger) or not trigger.takes(name):
+            continue
+        if holds(trigger.condition, {"event": event}, evaluate):
             return True
     return False
 
@@ -80,3 +105,8 @@ def holds(condition: str | None, scope: dict[str, object], evaluate: Evaluate) -
 def started_by_event(partition_count: int, workspace: str, event_id: str, workflow_id: str) -> str:
     """The id of the execution of a workflow that an event starts."""
     return derived_execution_id(partition_count, "event", workspace, event_id, workflow_id)
+
+
+def started_by_clock(partition_count: int, workspace: str, workflow_id: str, due_ms: int) -> str:
+    """The id of the execution of a workflow that is due at a time."""
+    return derived_execution_id(partition_count, "cron", workspace, workflow_id, str(due_ms))

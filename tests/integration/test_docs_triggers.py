@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_events import carried_out, define, sent, started
+from tests.integration.test_timekeeper import CONFIG, MINUTE_MS, calls, keeper, set_clock
 from tests.support.api import Api
 
 PAGE = (Path(__file__).parents[2] / "docs" / "triggers.md").read_text()
 EXAMPLES = re.findall(
     r"```yaml\n# sent: (.*?)\n(?:# then: (.*?)\n)?# gives: (.*?)\n(.*?)```", PAGE, re.DOTALL
 )
+
+CLOCKS = re.findall(r"```yaml\n# after: 10m\n# gives: (.*?)\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.parametrize(("event", "then", "gives", "text"), EXAMPLES)
@@ -28,5 +31,15 @@ async def test_an_example_gives_what_the_page_says(
     assert (record["error"] or record["data"]) == json.loads(gives)
 
 
+@pytest.mark.parametrize(("gives", "text"), CLOCKS)
+async def test_a_clock_of_the_page_runs(api: Api, gives: str, text: str) -> None:
+    await calls(api)("SET", f"{CONFIG}:cron:owner", "k1", "PX", 600_000)
+    await define(api, "example", text)
+    await set_clock(api, "example", 10 * MINUTE_MS)
+    await keeper(api, "k1").beat()
+    (record,) = await started(api, "example")
+    assert (record["error"] or record["data"]) == json.loads(gives)
+
+
 def test_every_example_is_run() -> None:
-    assert PAGE.count("```yaml\n") == len(EXAMPLES)
+    assert PAGE.count("```yaml\n") == len(EXAMPLES) + len(CLOCKS)

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from deployments.composition import compose, publish
 from deployments.definitions import children_of
-from deployments.events import carry_out_events
+from deployments.events import carry_out_events, timekeeper_of
 from deployments.webhooks import endings_of, guarded_http
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.json_schema import JsonSchemas
@@ -123,7 +123,9 @@ async def running_api(
     runtime = Runtime(stores.store, types, CelExpressions(), clock, entropy, endings.outgoing)
     bells = RedisBells(stores.nodes, worker_channels("w1", settings.partitions), clock)
     executor = Executor("w1", runtime, bells, services.catalog, WorkerLimits(3000, 200, 64))
-    running = [asyncio.ensure_future(work) for work in (services.feeds.run(), executor.run())]
+    keeper = timekeeper_of(settings, stores, services.catalog, clock, "w1")
+    works = (services.feeds.run(), executor.run(), keeper.run())
+    running = [asyncio.ensure_future(work) for work in works]
     while not executor.beat_at_s:
         await asyncio.sleep(0.005)
     running.append(asyncio.ensure_future(services.health.run()))

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 import yaml
 
 from serve_app.adapters.cel_expressions import CelExpressions
+from serve_app.adapters.cronsim_schedules import CronSchedules
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.core.definition import parse_workflow
 from serve_app.core.execution import Execution
@@ -53,7 +54,11 @@ def parsed(steps: str, **members: object) -> Workflow:
     checks = {name: kind.check for name, kind in PLAIN.items()}
     checks |= {"work": lambda _: (), "generate": Model().step_type.check}
     return parse_workflow(
-        document, check_expression=EXPRESSIONS.check, check_schema=SCHEMAS.check, step_checks=checks
+        document,
+        check_expression=EXPRESSIONS.check,
+        check_schema=SCHEMAS.check,
+        step_checks=checks,
+        check_schedule=CronSchedules().check,
     )
 
 

@@ -23,7 +23,7 @@ def locs_of(**members: object) -> list[tuple[str | int, ...]]:
         ({}, ("triggers",)),
         ([{"event": "a"}] * (TRIGGERS_MAX + 1), ("triggers",)),
         (["a"], ("triggers", 0)),
-        ([{"event": "a"}, {}], ("triggers", 1, "event")),
+        ([{"event": "a"}, {}], ("triggers", 1)),
         ([{"event": ""}], ("triggers", 0, "event")),
         ([{"event": 3}], ("triggers", 0, "event")),
         ([{"event": "a b"}], ("triggers", 0, "event")),
