@@ -64,7 +64,8 @@ def compose(
         kept_ms=settings.usage_retention_days * DAY_MS,
     )
     limits = KeyLimits(RedisLimits(stores.calls), usage, clock, default_limits(settings))
-    health = Health(stores.store, registry, clock, has_models=settings.model_replicas > 0)
+    wanted = tuple(dict.fromkeys(settings.own_names.values()))
+    health = Health(stores.store, registry, clock, wanted if settings.of_each_model() else None)
     return Services(
         executions=Executions(
             stores.store,
@@ -121,18 +122,21 @@ def _limits(settings: Settings) -> SessionLimits:
 def _openai(
     settings: Settings, inference: Inference, health: Health, clock: Clock, entropy: Entropy
 ) -> OpenAiServing | None:
-    if not (settings.openai and settings.model_replicas):
-        return None
-    model = OpenAiModel(
-        settings.model,
-        settings.model_names,
-        settings.context_max,
-        settings.tool_parser,
-        settings.reasoning_parser,
-        created_s=clock.now_ms() // 1000,
+    models = tuple(
+        OpenAiModel(
+            one.model,
+            one.model_names,
+            one.context_max,
+            one.tool_parser,
+            one.reasoning_parser,
+            created_s=clock.now_ms() // 1000,
+        )
+        for one in settings.of_each_model()
     )
+    if not (settings.openai and models):
+        return None
     return LazyOpenAi(
-        (model,), inference.generate, lambda: health.sample.status == "healthy", clock, entropy
+        models, inference.generate, lambda: health.sample.status == "healthy", clock, entropy
     )
 
 

@@ -40,7 +40,7 @@ class Ingress:
             settings.cluster_secret.get_secret_value().encode(), clock, entropy
         )
         inference = Inference(
-            ServeAdmission(router, settings.model_name), self._link, clock, settings.resume_wait_s
+            ServeAdmission(router, settings.own_names), self._link, clock, settings.resume_wait_s
         )
         self._services = compose(settings, self._stores, inference, clock, entropy)
         await publish(self._services)

@@ -44,7 +44,10 @@ logger = logging.getLogger(__name__)
 class ModelReplica:
     """Starts the engine in its constructor, so that it is ready when Serve says so."""
 
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc] # Serve awaits it
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self, settings: Settings, engine_count: int
+    ) -> None:
+        """Args: engine_count: engines of all models."""
         configure_logging(settings.log_level, json=True, path=settings.log_path("model"))
         self._clock = SystemClock()
         self._replica_id = f"host-{SystemEntropy().token()[:10]}"
@@ -54,9 +57,9 @@ class ModelReplica:
         log_path = settings.data_dir / "logs" / f"engine-{self._replica_id}.log"
         _redirect_output(log_path)
         try:
-            measures = EngineMetrics(settings.model_name)
+            measures = EngineMetrics(self._models[0] if self._models else "")
             self._slot = EngineSlot()
-            cores = _cores(settings, self._slot.index)
+            cores = _cores(settings, self._slot.index, engine_count)
             logger.info("engine starts", extra={"slot": self._slot.index, "cores": cores})
             engine_settings = _engine_settings(settings, cores)
             engine = VllmEngine.start(engine_settings, self._clock, measures.step_ended)
@@ -148,16 +151,16 @@ class ModelReplica:
         self._slot.close()
 
 
-def _cores(settings: Settings, engine_index: int) -> tuple[int, ...]:
+def _cores(settings: Settings, engine_index: int, engine_count: int) -> tuple[int, ...]:
     """The cores of this machine's `engine_index`-th engine.
 
     Where the links are bound to loopback all engines are on this machine; elsewhere one on a node
     is the rule, and the operator who has more sets `engine_threads`.
     """
     is_one_machine = settings.link_host in LOOPBACK_HOSTS
-    engine_count = settings.model_replicas if is_one_machine else 1
     cores = sorted(os.sched_getaffinity(0))
-    return cores_of(cores, engine_index, engine_count, settings.engine_threads)
+    here = engine_count if is_one_machine else 1
+    return cores_of(cores, engine_index, here, settings.engine_threads)
 
 
 def _engine_settings(settings: Settings, cores: tuple[int, ...]) -> EngineSettings:

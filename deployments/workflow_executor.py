@@ -33,7 +33,7 @@ class WorkflowExecutor:
     ) -> None:
         configure_logging(settings.log_level, json=True, path=settings.log_path("executor"))
         self._clock = SystemClock()
-        admission = ServeAdmission(router, settings.model_name)
+        admission = ServeAdmission(router, settings.own_names)
         host = own_address(settings)
         self._worker = Worker(settings, admission, self._clock, SystemEntropy(), host)
         await self._worker.begin()

@@ -66,10 +66,10 @@ def findings(is_quick: bool) -> Iterator[ServerFinding]:  # noqa: FBT001 - the e
     yield check_data_dir(settings.data_dir)
     yield check_port(settings.host, settings.port)
     yield check_store(settings)
-    if settings.model_replicas:
-        yield check_model(settings)
-        if not is_quick:
-            yield check_engine(settings.device)
+    models = settings.of_each_model()
+    yield from map(check_model, models)
+    if models and not is_quick:
+        yield check_engine(settings.device)
     yield from check_logs(settings.log_dir or settings.data_dir / "logs")
 
 

@@ -53,16 +53,27 @@ def build_app(settings: Settings) -> Application:
             .options(num_replicas=settings.dispatcher_replicas)
             .bind(settings)
         )
-    if settings.model_replicas:
-        # First in the list: the engine takes longest to start.
-        engine = (
-            _deployment(ModelReplica).options(num_replicas=settings.model_replicas).bind(settings)
-        )
-        deployed.insert(0, engine)
+    # First in the list: the engines take longest to start.
+    deployed[:0] = _engines(settings)
     ingress = _deployment(Ingress).options(
         num_replicas=settings.ingress_replicas, max_ongoing_requests=settings.requests_max
     )
     return ingress.bind(settings, bound_router, tuple(deployed))
+
+
+def _engines(settings: Settings) -> list[Application]:
+    """A deployment for each model."""
+    models = settings.of_each_model()
+    engine_count = sum(one.model_replicas for one in models)
+    return [
+        _deployment(ModelReplica)
+        .options(
+            name="model_replica" if index == 0 else f"model_replica_{index + 1}",
+            num_replicas=one.model_replicas,
+        )
+        .bind(one, engine_count)
+        for index, one in enumerate(models)
+    ]
 
 
 def one_router_per_model() -> RequestRouterConfig:

@@ -1,5 +1,7 @@
 """Every setting of the service: one frozen tree, read once, handed down.
 
+Longer than 400 lines because one page has every setting.
+
 Owns names, defaults, bounds and reasons. Each is an environment variable, `INFERPIPE_` and the
 name in capitals, or a key of the YAML file that `INFERPIPE_CONFIG` names. Invariant: nothing else
 in the service reads the environment.
@@ -17,6 +19,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from serve_app.core.egress import parse_networks
+from serve_app.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +264,12 @@ class Settings(BaseSettings):
         "name.",
     )
     model_replicas: int = Field(1, ge=0, description="Engines; 0: no model plane.")
+    models: tuple[ServedModel, ...] = Field(
+        (),
+        description="Several models, the default one first: a list of `name`, `path`, `aliases`, "
+        "`replicas` and engine settings of their own ([models.md](models.md)); as JSON in the "
+        "environment. None: the one of the three settings above.",
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="What vLLM runs on.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights.")
     context_max: int = Field(
@@ -327,6 +336,14 @@ class Settings(BaseSettings):
         description="Address the links between processes bind to; empty: the node's own.",
     )
 
+    @field_validator("models")
+    @classmethod
+    def _have_names_of_their_own(cls, models: tuple[ServedModel, ...]) -> tuple[ServedModel, ...]:
+        names = [name for one in models for name in (one.name, *one.aliases)]
+        if len(set(names)) != len(names):
+            raise ValueError("two models share a name")
+        return models
+
     @field_validator("api_key")
     @classmethod
     def _is_printable(cls, key: SecretStr) -> SecretStr:
@@ -356,6 +373,20 @@ class Settings(BaseSettings):
     def model_names(self) -> tuple[str, ...]:
         """The model's ids in the API, its own first."""
         return tuple(name.strip() for name in self.model_name.split(",") if name.strip())
+
+    def of_each_model(self) -> tuple["Settings", ...]:
+        """Settings of one model each, the default one's first; none without a model plane."""
+        if not self.models:
+            return (self,) if self.model_replicas else ()
+        return tuple(
+            self.model_copy(update={**one.as_settings(), "models": ()}) for one in self.models
+        )
+
+    @property
+    def own_names(self) -> dict[str, str]:
+        """By each id of each model, the model's own."""
+        every = [one.model_names for one in self.of_each_model()]
+        return {name: names[0] for names in every for name in names}
 
     @property
     def is_loopback(self) -> bool:

@@ -87,9 +87,8 @@ async def _until_ready(
         if line != shown:
             shown = line
             _say(line)
-        if cluster.is_ready and len([p for p in phases if p.phase == "ready"]) >= min(
-            1, settings.model_replicas
-        ):
+        served = {phase.models for phase in phases if phase.phase == "ready"}
+        if cluster.is_ready and served >= {one.model_names for one in settings.of_each_model()}:
             return True
         if clock.monotonic_s() > give_up_s:
             raise ClusterFailedError(f"not ready within {START_WITHIN_S:.0f} s: {line}")
@@ -149,18 +148,29 @@ def _check_port(settings: Settings) -> None:
 
 
 def _with_model(settings: Settings) -> Settings:
+    """The settings with the place of every model, and the name of the one that has none."""
+    if settings.models:
+        models = tuple(
+            one.model_copy(update={"path": str(_model_place(settings, one.path))})
+            for one in settings.models
+        )
+        return settings.model_copy(update={"models": models})
     if settings.model_replicas == 0:
         return settings
-    if not settings.model:
-        _say("preparing the bundled model (17 s the first time) ...")
-        model = prepare_default_model(settings.data_dir)
-    else:
-        model = Path(settings.model)
-        # A hub name has no such path; vLLM fetches it, and its own words tell when it cannot.
-        if model.exists() or settings.model.startswith((".", "/", "~")):
-            check_model_dir(model)
+    model = _model_place(settings, settings.model)
     name = settings.model_name or model.name
     return settings.model_copy(update={"model": str(model), "model_name": name})
+
+
+def _model_place(settings: Settings, path: str) -> Path:
+    if not path:
+        _say("preparing the bundled model (17 s the first time) ...")
+        return prepare_default_model(settings.data_dir)
+    model = Path(path)
+    # A hub name has no such path; vLLM fetches it, and its own words tell when it cannot.
+    if model.exists() or path.startswith((".", "/", "~")):
+        check_model_dir(model)
+    return model
 
 
 def _with_secrets(settings: Settings) -> tuple[Settings, bool]:

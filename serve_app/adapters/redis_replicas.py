@@ -80,13 +80,16 @@ class ReplicaPhase:
 
     phase: str
     detail: str
+    models: tuple[str, ...] = ()
 
 
 def read_phases(options: RedisOptions, since_ms: int) -> tuple[ReplicaPhase, ...]:
     """The phases of replicas that reported since a moment, for whoever starts the cluster."""
     rows = call_blocking(options, "HGETALL", _HASH)
     reports = (_report(row) for row in rows.values())
-    return tuple(ReplicaPhase(r.phase, r.detail) for r in reports if r.at_ms >= since_ms)
+    return tuple(
+        ReplicaPhase(r.phase, r.detail, r.load.models) for r in reports if r.at_ms >= since_ms
+    )
 
 
 def _report(data: bytes | str) -> ReplicaReport:

@@ -5,7 +5,7 @@ from its code.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -39,16 +39,23 @@ _BY_CODE: dict[ErrorCode, type[ServeAppError]] = {
 
 
 class ServeAdmission:
-    """See `ports.Admission`."""
+    """See `ports.Admission`.
 
-    def __init__(self, handle: Handle, default_model: str) -> None:
+    Args:
+        own_names: by each id of each model, its own; the default model's first. A model has one
+            queue, by whichever id it is asked for.
+    """
+
+    def __init__(self, handle: Handle, own_names: Mapping[str, str]) -> None:
         self._handle = handle
-        self._default_model = default_model
+        self._own_names = own_names
+        self._default_model = next(iter(own_names), "")
         self._default_handle: Handle | None = None
 
     async def admit(self, request: AdmitRequest) -> Grant:
         """Ask the model's router; a caller that is cancelled no longer waits there."""
         model = request.model or self._default_model
+        model = self._own_names.get(model, model)
         handle = self._handle_of(model)
         with _router_errors():
             asked = handle.admit.remote(replace(request, model=model))

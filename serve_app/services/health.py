@@ -36,13 +36,18 @@ class Health:
     """The last sample, kept fresh by `run`."""
 
     def __init__(
-        self, store: ExecutionStore, registry: ReplicaRegistry, clock: Clock, *, has_models: bool
+        self,
+        store: ExecutionStore,
+        registry: ReplicaRegistry,
+        clock: Clock,
+        models: tuple[str, ...] | None,
     ) -> None:
+        """Args: models: the own ids of those that should be served; None: no model plane."""
         self.sample = STARTING
         self._store = store
         self._registry = registry
         self._clock = clock
-        self._has_models = has_models
+        self._wanted = models
 
     async def run(self) -> None:
         """Sample until cancelled."""
@@ -71,14 +76,16 @@ class Health:
         return HealthSample(status, MappingProxyType(frozen))
 
     def _models(self, reports: tuple[ReplicaReport, ...]) -> dict[str, object]:
-        if not self._has_models:
+        if self._wanted is None:
             return {"status": "disabled"}
         now_ms = self._clock.now_ms()
         young = [r for r in reports if now_ms - r.at_ms < REPORT_TTL_MS]
         ready = [r for r in young if r.phase == "ready"]
         if ready:
             names = sorted({model for r in ready for model in r.load.models})
-            return {"status": "up", "replicas": len(ready), "models": names}
+            up: dict[str, object] = {"status": "up", "replicas": len(ready), "models": names}
+            missing = [model for model in self._wanted if model and model not in names]
+            return {**up, "missing": missing} if missing else up
         failed = [r for r in reports if r.phase == "failed" and now_ms - r.at_ms < FAILED_SHOWN_MS]
         if failed:
             return {"status": "failed", "replicas": 0, "detail": failed[-1].detail}

@@ -21,11 +21,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(path: Path, context_max: int = 512) -> Path:
-    """Write config, weights and tokenizer into `path`, which is created; return it."""
+def make_tiny_model(path: Path, context_max: int = 512, seed: int = 20261121) -> Path:
+    """Write config, weights and tokenizer into `path`, which is created; return it.
+
+    Another seed makes another model.
+    """
     path.mkdir(parents=True, exist_ok=True)
     write_tokenizer(path)
-    torch.manual_seed(20261121)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=128,
