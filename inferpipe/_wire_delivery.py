@@ -51,7 +51,8 @@ class WebhookView(WireModel):
     """An endpoint; `secret` only in the answer that made it.
 
     `disabled_reason` says why the service disabled it by itself: it answered 410, or failed for
-    days. Header values are shown to admin keys alone.
+    days. Header values are shown to admin keys alone. Where `is_readable` is false, its secret was
+    sealed under another cluster secret: nothing can be signed until it is rotated.
     """
 
     id: str
@@ -63,6 +64,7 @@ class WebhookView(WireModel):
     headers: dict[str, str] = Field(default_factory=dict)
     enabled: bool = True
     disabled_reason: str | None = None
+    is_readable: bool = True
     created_at: Timestamp | None = None
     secret: str | None = None
 

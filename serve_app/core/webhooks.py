@@ -96,7 +96,10 @@ class Webhook:
 
 @dataclass(frozen=True, slots=True)
 class WebhookSecrets:
-    """What of an endpoint is never stored in the clear: the present secret first."""
+    """What of an endpoint is never stored in the clear: the present secret first.
+
+    None of it is there where it could not be read (`UNREADABLE`).
+    """
 
     secrets: tuple[Secret, ...]
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -111,8 +114,13 @@ class WebhookSecrets:
 
     def rotated(self, value: str, now_ms: int, overlap_ms: int) -> "WebhookSecrets":
         """With a new secret; the present one signs on for the overlap, an older one ends."""
+        if not self.secrets:
+            return replace(self, secrets=(Secret(value),))
         old = replace(self.secrets[0], expires_at_ms=now_ms + overlap_ms)
         return replace(self, secrets=(Secret(value), old) if overlap_ms else (Secret(value),))
+
+
+UNREADABLE = WebhookSecrets(())
 
 
 def webhook_id(partition: int, token: str) -> str:

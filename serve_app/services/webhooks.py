@@ -15,12 +15,14 @@ from serve_app.core.egress import Network, check_url
 from serve_app.core.errors import (
     ChangedMeanwhileError,
     InvalidRequestError,
+    SealBrokenError,
     UnknownDeliveryError,
     UnknownWebhookError,
 )
 from serve_app.core.webhooks import (
     OVERLAP_MAX_MS,
     TEST_EVENT,
+    UNREADABLE,
     Secret,
     Webhook,
     WebhookSecrets,
@@ -63,6 +65,11 @@ class Shown:
     webhook: Webhook
     secrets: WebhookSecrets = field(repr=False)
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether its secret and headers can be read; else it can be rotated, or deleted."""
+        return bool(self.secrets.secrets)
+
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
@@ -94,6 +101,13 @@ class WebhookKeeper:
         """
         data = orjson.loads(self._vault.open(webhook.sealed, _context(webhook)))
         return WebhookSecrets(tuple(Secret(*one) for one in data["secrets"]), data["headers"])
+
+    def show(self, webhook: Webhook) -> Shown:
+        """The webhook as its owner sees it: one that cannot be read must not hide the others."""
+        try:
+            return Shown(webhook, self.open(webhook))
+        except SealBrokenError:
+            return Shown(webhook, UNREADABLE)
 
 
 class Webhooks:
@@ -146,7 +160,7 @@ class Webhooks:
 
     async def all(self, workspace: str) -> Sequence[Shown]:
         """The endpoints of a workspace, oldest first."""
-        return tuple(Shown(one, self._keeper.open(one)) for one in await self._store.all(workspace))
+        return tuple(self._keeper.show(one) for one in await self._store.all(workspace))
 
     async def load(self, workspace: str, a_webhook_id: str) -> Shown:
         """One endpoint.
@@ -156,11 +170,15 @@ class Webhooks:
         """
         for webhook in await self._store.all(workspace):
             if webhook.id == a_webhook_id:
-                return Shown(webhook, self._keeper.open(webhook))
+                return self._keeper.show(webhook)
         raise UnknownWebhookError(f"no webhook {a_webhook_id!r} in this workspace")
 
     async def change(self, workspace: str, a_webhook_id: str, wish: WebhookWish) -> Shown:
-        """Change what the wish names. Raises as `create` and `load`."""
+        """Change what the wish names. Raises as `create` and `load`.
+
+        Raises:
+            InvalidRequestError: new headers for one whose secret cannot be read.
+        """
         return await self._store_change(
             workspace, a_webhook_id, lambda shown: self._changed(shown, wish)
         )
@@ -271,6 +289,12 @@ class Webhooks:
             members["disabled_reason"] = None
         changed = replace(webhook, **members)  # type: ignore[arg-type]
         secrets = shown.secrets
+        if not shown.is_readable:
+            if wish.headers is not None:
+                raise InvalidRequestError(
+                    "this webhook's secret and headers cannot be read: rotate its secret first"
+                )
+            return Shown(changed, secrets)  # what is sealed stays, for the secret that opens it
         if wish.headers is not None:
             secrets = replace(secrets, headers=check_headers(wish.headers))
         return Shown(self._keeper.seal(changed, secrets), secrets)

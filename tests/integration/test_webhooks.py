@@ -6,6 +6,7 @@ import hmac
 import json
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,34 @@ async def test_a_rotation_signs_with_both_for_its_overlap(hooks: Hooks) -> None:
         await hooks.execute()
         await hooks.got(there, 2)
         assert there.got[1].headers["webhook-signature"].count("v1,") == 1
+
+
+async def test_one_that_cannot_be_read_hides_no_other_and_can_be_rotated(hooks: Hooks) -> None:
+    """Its secret was sealed before `INFERPIPE_CLUSTER_SECRET` changed."""
+    async with receiver(status(204)) as there:
+        lost = await hooks.create(there.url, headers={"x-team": "a"})
+        kept = await hooks.create(there.url, events=["workflow.failed"])
+        store = hooks.api.services.webhooks._store
+        [stored] = [one for one in await store.all("default") if one.id == lost["id"]]
+        assert await store.put(replace(stored, sealed=stored.sealed[:-8] + "AAAAAAAA"), 64)
+        listed = (await hooks.api.http.get("/v1/webhooks")).json()["items"]
+        assert {one["id"]: one["isReadable"] for one in listed} == {
+            lost["id"]: False,
+            kept["id"]: True,
+        }
+        place = f"/v1/webhooks/{lost['id']}"
+        assert (await hooks.api.http.get(place)).json()["headers"] == {}
+        refused = await hooks.api.http.patch(place, json={"headers": {"x-team": "b"}})
+        assert (refused.status_code, "rotate" in refused.text) == (422, True)
+        changed = await hooks.api.http.patch(place, json={"description": "still here"})
+        assert (changed.status_code, changed.json()["isReadable"]) == (200, False)
+        rotated = await hooks.api.http.post(f"{place}/rotate-secret", json={})
+        assert rotated.status_code == 200, rotated.text
+        assert (await hooks.api.http.get(place)).json()["isReadable"] is True
+        await hooks.execute()
+        await hooks.got(there, 1)
+        verify(there.got[0].body, there.got[0].headers, rotated.json()["secret"])
+        assert (await hooks.api.http.delete(place)).status_code == 204
 
 
 async def test_what_cannot_be_is_refused_at_once(quiet: Hooks) -> None:

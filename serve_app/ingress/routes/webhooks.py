@@ -328,6 +328,7 @@ def _view(shown: Shown, *, is_admin: bool) -> dict[str, object]:
         "headers": {name: value if is_admin else HIDDEN for name, value in headers.items()},
         "enabled": webhook.enabled,
         "disabledReason": webhook.disabled_reason,
+        "isReadable": shown.is_readable,
         "createdAt": timestamp(webhook.created_at_ms),
     }
 
