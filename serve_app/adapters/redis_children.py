@@ -22,6 +22,12 @@ from serve_app.core.execution import Event, Execution, ExecutionCreated, evolve
 from serve_app.core.journal import Commit, Committed, Conflict, Outgoing
 from serve_app.ports import ExecutionStore
 
+
+
+class HeldBackError(Exception):
+    """A message to a child waits behind another one to it."""
+
+
 Decide = Callable[[Execution], tuple[Event, ...]]
 
 
@@ -55,24 +61,35 @@ async def send_all(
 ) -> list[bool | BaseException]:
     """What became of each, in the order given.
 
-    All side by side but those to children, which go one after the other until one fails: a cancel
-    must follow its start.
+    All side by side but those of one child, which go one after the other until one fails: a cancel
+    must follow its start. Once the store is away, no further child is tried.
     """
     side_by_side = [one for one in messages if one.log not in CHILD_LOGS]
     answers = await asyncio.gather(*map(send, side_by_side), return_exceptions=True)
     outcomes: dict[str, bool | BaseException] = {
         one.message_id: answer for one, answer in zip(side_by_side, answers, strict=True)
     }
-    failure: BaseException | None = None
+    away: Exception | None = None
+    failures: dict[str, Exception] = {}
     for one in messages:
-        if one.log in CHILD_LOGS and failure is None:
-            try:
-                outcomes[one.message_id] = await send(one)
-            except (StoreUnavailableError, OverloadedError) as error:
-                failure = error
+        if one.log not in CHILD_LOGS:
+            continue
+        child = _child_of(one)
+        failure = away or failures.get(child)
         if failure is not None:
-            outcomes.setdefault(one.message_id, failure)
+            outcomes[one.message_id] = HeldBackError(str(failure))
+            continue
+        try:
+            outcomes[one.message_id] = await send(one)
+        except (StoreUnavailableError, OverloadedError) as error:
+            outcomes[one.message_id] = away = error
+        except Exception as error:  # noqa: BLE001 - it is told of, and holds up its own child alone
+            outcomes[one.message_id] = failures[child] = error
     return [outcomes[one.message_id] for one in messages]
+
+
+def _child_of(message: Outgoing) -> str:
+    return message.message_id.rpartition(".")[2]
 
 
 def _cancelled(child: Execution, now_ms: int) -> tuple[Event, ...]:

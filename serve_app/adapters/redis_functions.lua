@@ -24,7 +24,9 @@
 --   p:ends                 zset    "<execution> <status> <ws> <wf>" that ended; score: when to forget it
 --   p:outbox               stream  messages for other partitions; p:seen zset, message ids applied here
 --   p:sub:<ws>:<name>      hash    who waits for a topic's events ("<execution> <step>") -> since when
---   p:log:<name>           stream  what the relay delivered here
+--   p:outbox:faults        hash    entry -> tries of one that cannot be applied; a day after the last
+--   p:dead                 stream  messages given up: m t b as in the outbox, and why
+--   p:log:<name>           stream  what the relay delivered here; LOG_TTL_MS after the last entry
 --   p:ev:<ws>              stream  events of a workspace's topics here: n (name) b (JSON); cut and expired
 --                                  by INFERPIPE_EVENTS_KEPT_MAX and INFERPIPE_EVENTS_RETENTION_S
 --   p:gate:<name>          zset    executions inside a gate; :line zset, those that wait; :messages
@@ -69,6 +71,10 @@ local FORGET_MAX = 64         -- expired executions taken out of the indexes in 
 local FORGET_AT_END = 2       -- and in each commit that ends one, so that they go as fast as they come
 local SPENT_TTL_MS = 2764800000  -- longer than the longest window of a key's limit
 local LOG_MAX = 1000          -- entries kept of a relayed log
+local LOG_TTL_MS = 604800000  -- a week: names come and go with workflows
+local FAULTS_MAX = 10         -- tries of a message that cannot be applied, and for how long, until it
+local FAULTY_FOR_MS = 60000   -- is given up: others wait behind it
+local DEAD_MAX = 1000         -- of those, kept to be looked at
 
 local function now_ms()
   local t = redis.call('TIME')
@@ -494,7 +500,26 @@ end
 local function apply(keys, args)
   local p = keys[1]
   if not is_new(p, args[1]) then return 0 end
-  redis.call('XADD', p .. ':log:' .. args[2], 'MAXLEN', '~', LOG_MAX, '*', 'm', args[1], 'b', args[3])
+  local log = p .. ':log:' .. args[2]
+  redis.call('XADD', log, 'MAXLEN', '~', LOG_MAX, '*', 'm', args[1], 'b', args[3])
+  redis.call('PEXPIRE', log, LOG_TTL_MS)
+  return 1
+end
+
+-- fault: entry why -> 1 when the message is given up
+-- It could not be applied, and not because a server was away. What waits behind it must not wait for ever.
+local function fault(keys, args)
+  local p, entry = keys[1], args[1]
+  local row = redis.call('XRANGE', p .. ':outbox', entry, entry)[1]
+  if not row then return 0 end
+  local faults = redis.call('HINCRBY', p .. ':outbox:faults', entry, 1)
+  redis.call('PEXPIRE', p .. ':outbox:faults', SEEN_TTL_MS)
+  local age = now_ms() - tonumber(string.match(entry, '^%d+'))
+  if faults < FAULTS_MAX or age < FAULTY_FOR_MS then return 0 end
+  local f = row[2]
+  redis.call('XADD', p .. ':dead', 'MAXLEN', '~', DEAD_MAX, '*', 'm', f[2], 't', f[4], 'b', f[6], 'why', args[2])
+  redis.call('XDEL', p .. ':outbox', entry)
+  redis.call('HDEL', p .. ':outbox:faults', entry)
   return 1
 end
 
@@ -561,6 +586,7 @@ redis.register_function('ip1_owned', owned)
 redis.register_function('ip1_watch', watch)
 redis.register_function('ip1_reap', function(keys, args) return reap(keys[1], args[1]) end)
 redis.register_function('ip1_apply', apply)
+redis.register_function('ip1_fault', fault)
 redis.register_function('ip1_spend', spend)
 redis.register_function('ip1_define', define)
 redis.register_function('ip1_undefine', undefine)

@@ -27,7 +27,7 @@ from serve_app.adapters.payloads import (
     size_of,
 )
 from serve_app.adapters.redis_calls import RedisCalls
-from serve_app.adapters.redis_children import send_all, take_child_message
+from serve_app.adapters.redis_children import HeldBackError, send_all, take_child_message
 from serve_app.adapters.redis_events import EVENT_LOGS, RedisEvents
 from serve_app.adapters.redis_index import Flat, RedisIndex, fields_of, partition_key
 from serve_app.adapters.redis_outbox import message_args, read_outgoing
@@ -62,6 +62,8 @@ Take = Callable[[Outgoing], Awaitable[bool]]
 # Logs that are more than a list: what applies a message there, by the word before the colon.
 APPLIED_BY = MappingProxyType({"webhook": "ip1_webhook_accept", GATE_LOG: "ip1_gate"})
 GATE_HOPS_MAX = 3  # gates asked in a row by one relay: a route has two, and its execution one more
+FAULT_CHARS_MAX = 500  # of why a message was given up
+NOT_NOW = (StoreUnavailableError, OverloadedError, HeldBackError)  # no fault of the message
 RELAY_NOW_MAX = 64  # messages sent by an acceptance; more are a worker's work
 
 
@@ -283,7 +285,8 @@ class RedisStore:
 
         Applied first, dropped after: a crash between the two sends it again, and the target
         drops the copy by its message id. The sends of one call travel in one batch, in order; one
-        that fails stays, and holds up no other.
+        that fails stays, and holds up no other. One that fails again and again while the store is
+        well is put aside (`p:dead`), because those behind it have to move up.
         """
         outbox = f"{partition_key(partition)}:outbox"
         rows = await self._calls.call("XRANGE", outbox, "-", "+", "COUNT", limit)
@@ -299,12 +302,28 @@ class RedisStore:
         if sent:
             await self._calls.call("XDEL", outbox, *sent)
         if failures:
+            await self._note_faults(partition, rows, outcomes)
             raise failures[0]
         # A gate answers through its own outbox, and somebody waits for it now.
         gates = {one.target_partition for one in messages if one.log == GATE_LOG}
         for target in gates - {partition} if answers_hops else ():
             await self.relay(target, limit, answers_hops - 1)
         return len(rows)
+
+    async def _note_faults(
+        self,
+        partition: int,
+        rows: Sequence[tuple[bytes, Mapping[bytes, bytes]]],
+        outcomes: Sequence[bool | BaseException],
+    ) -> None:
+        for (entry_id, members), outcome in zip(rows, outcomes, strict=True):
+            if not isinstance(outcome, Exception) or isinstance(outcome, NOT_NOW):
+                continue
+            why = f"{type(outcome).__name__}: {outcome}"[:FAULT_CHARS_MAX]
+            key = partition_key(partition)
+            if await self._calls.fcall("ip1_fault", key, entry_id, why):
+                message_id = members[b"m"].decode()
+                logger.error("given up: %s", why, extra={"message_id": message_id})
 
     def _can_take(self, log: str) -> bool:
         return log not in CARRIED_OUT_LOGS or log in self._takers

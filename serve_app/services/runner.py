@@ -31,6 +31,7 @@ from serve_app.core.errors import (
     StoreUnavailableError,
 )
 from serve_app.core.execution import (
+    CancelRequested,
     Execution,
     Folding,
     Status,
@@ -96,6 +97,7 @@ class Driver:
         self._tasks: dict[str, _StepTask] = {}
         self._wake = asyncio.Event()
         self._commit_count = 0
+        self._is_committing = False
         self._planner = Planner(workflow, runtime)
         self._is_taken_over = owned.execution.status is Status.RUNNING
         self._lost_runs: dict[str, Emitted] = {}  # by step, until it goes on
@@ -103,9 +105,15 @@ class Driver:
         self._touched: dict[str, None] | None = None
 
     def notify(self, events: tuple[StoredEvent, ...]) -> None:
-        """Others appended to the journal; what cannot be folded shows as a conflict later."""
+        """Others appended to the journal; what cannot be folded shows as a conflict later.
+
+        A cancel stops what runs at once, even while a commit waits for a store that is away: what
+        the steps then report is decided with the next one.
+        """
         self._notices.extend(events)
         self._wake.set()
+        if self._is_committing and any(isinstance(one.event, CancelRequested) for one in events):
+            self._stop(self._tasks.values())
 
     async def drive(self) -> None:
         """Return when the execution has ended, is parked, or belongs to somebody else."""
@@ -154,7 +162,12 @@ class Driver:
             outgoing=(*plan.outgoing, *await self._outgoing(plan.after)),
         )
         self._touched = None
-        match await self._answer(commit):
+        self._is_committing = True
+        try:
+            answer = await self._answer(commit)
+        finally:
+            self._is_committing = False
+        match answer:
             case Committed(ready_depth=ready_depth):
                 if commit.outgoing:
                     self._on_outgoing()
@@ -325,14 +338,18 @@ class Driver:
         A task that is cancelled before its first turn never runs, so it never reports either.
         """
         aborted = {step_id: self._tasks[step_id] for step_id in doomed}
-        for running in aborted.values():
-            running.is_aborted = True
-            running.task.cancel()
+        self._stop(aborted.values())
         await asyncio.wait([running.task for running in aborted.values()], timeout=ABORT_WAIT_S)
         for step_id, running in aborted.items():
             if self._tasks.get(step_id) is running:
                 del self._tasks[step_id]
                 self._facts.append(_aborted(step_id, running))
+
+    def _stop(self, doomed: Iterable[_StepTask]) -> None:
+        for running in doomed:
+            if not running.is_aborted:  # a second cancel would cut its last words off
+                running.is_aborted = True
+                running.task.cancel()
 
     async def _wait(self, now_ms: int) -> None:
         wakes = (next_wake_ms(self.execution), self.execution.wake_at_ms)

@@ -16,7 +16,7 @@ FENCE = {
 BUGS = {
     "no fence": (FENCE, "had taken over"),
     "copies of a message applied": (
-        {"message_id) == 0 then return false end": "message_id) == 0 then return true end"},
+        {"if redis.call('ZSCORE', p .. ':seen', args[1]) then return 0 end": ""},
         "applied more than once",
     ),
     "a timer in four lost": (

@@ -574,3 +574,39 @@ async def test_a_time_out_inside_a_step_is_not_the_steps_limit() -> None:
 
     ended = await a_rig(give_up, timeout_ms=60_000).drive()
     assert ended.error == f"step s: {BROKEN}"
+
+
+@virtual_time
+async def test_a_cancel_stops_the_steps_although_a_commit_is_not_answered() -> None:
+    """The store is slow to answer a chunk's commit; the engine must not go on meanwhile."""
+    is_stopped, is_back = asyncio.Event(), asyncio.Event()
+
+    async def talk(call: StepCall) -> JsonValue:
+        call.emit("some ", (1,))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            call.report_usage(USAGE)
+            is_stopped.set()
+        return None
+
+    async def let_in(commit: Commit) -> None:
+        return
+
+    async def wait_long(commit: Commit) -> None:
+        await is_back.wait()
+
+    rig = a_rig(talk)
+    driver = await rig.driver()
+    rig.store.after.extend([let_in, wait_long])  # the start is in, the chunk is not answered
+    driving = asyncio.ensure_future(driver.drive())
+    while rig.store.after:
+        await asyncio.sleep(0.01)
+    rig.cancel(driver)
+    async with asyncio.timeout(1):
+        await is_stopped.wait()
+    is_back.set()
+    await driving
+    assert rig.state.status is Status.CANCELLED
+    assert rig.text() == "some "
+    assert rig.state.steps["s"].usage == USAGE

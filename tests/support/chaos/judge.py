@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import orjson
 from redis.asyncio import Redis
 
 from serve_app.core.execution import Execution, SignalReceived, SignalTaken, StepStarted
@@ -228,9 +229,11 @@ async def _remains_of(world: World, client: "Redis[bytes]", key: str) -> AsyncIt
         if length := await client.xlen(key):
             yield f"{key}: {length} messages are left"
     elif ":log:" in key:
-        ids = Counter(members[b"m"] for _, members in await client.xrange(key))
-        if twice := [one.decode() for one, times in ids.items() if times > 1]:
-            yield f"{key}: messages were applied more than once: {twice}"
+        if twice := repeated([m[b"m"].decode() for _, m in await client.xrange(key)]):
+            yield f"{key}: applied more than once: {twice}"
+    elif ":ev:" in key:
+        if twice := repeated([orjson.loads(m[b"b"])["id"] for _, m in await client.xrange(key)]):
+            yield f"{key}: applied more than once: {twice}"
     elif key.endswith(":workers"):
         alive = await client.zrangebyscore(key, world.services.clock.now_ms(), "+inf")
         owners = {one.decode().rpartition("~")[2] for one in alive}
@@ -241,6 +244,11 @@ async def _remains_of(world: World, client: "Redis[bytes]", key: str) -> AsyncIt
             yield f"{key}: deliveries are still under way"
     elif not _KEPT.fullmatch(key) and await client.ttl(key) == -1:
         yield f"{key} is left"
+
+
+def repeated(ids: Sequence[str]) -> list[str]:
+    """Those that are there more than once."""
+    return [one for one, times in Counter(ids).items() if times > 1]
 
 
 async def _usage_problems(world: World, found: Mapping[str, Found]) -> list[str]:
