@@ -225,14 +225,11 @@ async def _remains(world: World) -> AsyncIterator[str]:
 
 async def _remains_of(world: World, client: "Redis[bytes]", key: str) -> AsyncIterator[str]:
     names = {actor.name for actor in world.actors}
-    if key.endswith(":outbox"):
+    if key.endswith((":outbox", ":dead")):
         if length := await client.xlen(key):
             yield f"{key}: {length} messages are left"
-    elif ":log:" in key:
-        if twice := repeated([m[b"m"].decode() for _, m in await client.xrange(key)]):
-            yield f"{key}: applied more than once: {twice}"
-    elif ":ev:" in key:
-        if twice := repeated([orjson.loads(m[b"b"])["id"] for _, m in await client.xrange(key)]):
+    elif ":log:" in key or ":ev:" in key:
+        if twice := repeated([_message_id(row) for _, row in await client.xrange(key)]):
             yield f"{key}: applied more than once: {twice}"
     elif key.endswith(":workers"):
         alive = await client.zrangebyscore(key, world.services.clock.now_ms(), "+inf")
@@ -244,6 +241,10 @@ async def _remains_of(world: World, client: "Redis[bytes]", key: str) -> AsyncIt
             yield f"{key}: deliveries are still under way"
     elif not _KEPT.fullmatch(key) and await client.ttl(key) == -1:
         yield f"{key} is left"
+
+
+def _message_id(row: Mapping[bytes, bytes]) -> str:
+    return row[b"m"].decode() if b"m" in row else str(orjson.loads(row[b"b"])["id"])
 
 
 def repeated(ids: Sequence[str]) -> list[str]:
