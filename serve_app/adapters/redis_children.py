@@ -23,7 +23,6 @@ from serve_app.core.journal import Commit, Committed, Conflict, Outgoing
 from serve_app.ports import ExecutionStore
 
 
-
 class HeldBackError(Exception):
     """A message to a child waits behind another one to it."""
 

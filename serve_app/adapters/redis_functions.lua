@@ -231,12 +231,16 @@ local function book(p, ws, args, at)
   end
 end
 
-local function is_new(p, message_id)
+local function is_known(p, message_id)
+  return redis.call('ZSCORE', p .. ':seen', message_id)
+end
+
+-- Noted last: a function that fails keeps what it wrote, and a message noted first would be lost.
+local function note(p, message_id)
   local now = now_ms()
-  if redis.call('ZADD', p .. ':seen', 'NX', text(now), message_id) == 0 then return false end
+  redis.call('ZADD', p .. ':seen', text(now), message_id)
   redis.call('ZREMRANGEBYSCORE', p .. ':seen', '-inf', text(now - SEEN_TTL_MS))
   redis.call('PEXPIRE', p .. ':seen', SEEN_TTL_MS)
-  return true
 end
 
 -- Leave nothing of an execution that ended; `ending` is its member of p:ends.
@@ -499,10 +503,11 @@ end
 -- apply: message_id log body -> 1 when it is new here
 local function apply(keys, args)
   local p = keys[1]
-  if not is_new(p, args[1]) then return 0 end
+  if is_known(p, args[1]) then return 0 end
   local log = p .. ':log:' .. args[2]
   redis.call('XADD', log, 'MAXLEN', '~', LOG_MAX, '*', 'm', args[1], 'b', args[3])
   redis.call('PEXPIRE', log, LOG_TTL_MS)
+  note(p, args[1])
   return 1
 end
 
@@ -525,8 +530,9 @@ end
 
 -- spend: id ws, then what `book` takes -> 1 when the entry is new
 local function spend(keys, args)
-  if not is_new(keys[1], args[1]) then return 0 end
+  if is_known(keys[1], args[1]) then return 0 end
   book(keys[1], args[2], args, 3)
+  note(keys[1], args[1])
   return 1
 end
 

@@ -89,13 +89,13 @@ end
 -- gate: message_id log body -> 1 when it is new here
 local function gate(keys, args)
   local p, now = keys[1], now_ms()
-  local is_new = redis.call('ZADD', p .. ':seen', 'NX', text(now), args[1])
-  if is_new == 1 then
-    redis.call('ZREMRANGEBYSCORE', p .. ':seen', '-inf', text(now - SEEN_TTL_MS))
-    local message = cjson.decode(args[3])
-    if message.gate then leave(p, message, now) else enter(p, message, now) end
-  end
-  return is_new
+  if redis.call('ZSCORE', p .. ':seen', args[1]) then return 0 end
+  local message = cjson.decode(args[3])
+  if message.gate then leave(p, message, now) else enter(p, message, now) end
+  -- Noted last: a message that fails half-way is tried again.
+  redis.call('ZADD', p .. ':seen', text(now), args[1])
+  redis.call('ZREMRANGEBYSCORE', p .. ':seen', '-inf', text(now - SEEN_TTL_MS))
+  return 1
 end
 
 -- gate_look: name -> {inside, in line, 1 when it keeps a value}

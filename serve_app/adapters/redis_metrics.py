@@ -7,6 +7,7 @@ Invariant: a process that is gone is shown for FRESH_MS and no longer.
 
 import asyncio
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import orjson
 from prometheus_client import Metric
@@ -58,10 +59,12 @@ class RedisMetrics:
         try:
             async with asyncio.timeout(STORE_WAIT_S):
                 pages |= await self._others()
-                depth = await self._ready_depth()
+                depths = _Depths(
+                    ready=await self._sum("GET", "depth"), dead=await self._sum("XLEN", "dead")
+                )
         except (ServeAppError, TimeoutError):
             return generate_latest(_Pages(pages, None))
-        return generate_latest(_Pages(pages, depth))
+        return generate_latest(_Pages(pages, depths))
 
     async def _others(self) -> dict[str, str]:
         pages: dict[str, str] = {}
@@ -75,34 +78,48 @@ class RedisMetrics:
                 pages[process] = page
         return pages
 
-    async def _ready_depth(self) -> int:
-        depths = await asyncio.gather(
+    async def _sum(self, command: str, name: str) -> int:
+        """What a key says of its length, over all partitions."""
+        lengths = await asyncio.gather(
             *(
-                self._calls.call("GET", f"ip:{{{partition}}}:depth")
+                self._calls.call(command, f"ip:{{{partition}}}:{name}")
                 for partition in range(self._partition_count)
             )
         )
-        return sum(int(depth or 0) for depth in depths)
+        return sum(int(length or 0) for length in lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class _Depths:
+    """How many wait in the store, and how many it gave up."""
+
+    ready: int
+    dead: int
 
 
 class _Pages(Collector):
     """Pages of several processes as one registry: each family once, a label for the process."""
 
-    def __init__(self, pages: dict[str, str], ready_depth: int | None) -> None:
+    def __init__(self, pages: dict[str, str], depths: _Depths | None) -> None:
         self._pages = pages
-        self._ready_depth = ready_depth
+        self._depths = depths
 
     def collect(self) -> Iterator[Metric]:
         """All families."""
         up = GaugeMetricFamily("inferpipe_store_up", "Whether the store answers.")
-        up.add_metric([], float(self._ready_depth is not None))
+        up.add_metric([], float(self._depths is not None))
         yield up
-        if self._ready_depth is not None:
+        if self._depths is not None:
             ready = GaugeMetricFamily(
                 "inferpipe_ready_executions", "Executions that wait for a worker."
             )
-            ready.add_metric([], self._ready_depth)
+            ready.add_metric([], self._depths.ready)
             yield ready
+            dead = GaugeMetricFamily(
+                "inferpipe_dead_messages", "Messages between partitions that were given up."
+            )
+            dead.add_metric([], self._depths.dead)
+            yield dead
         yield from self._joined()
 
     def _joined(self) -> Iterable[Metric]:

@@ -54,6 +54,7 @@ async def test_counters_move_between_two_scrapes(api: Api) -> None:
     assert after["inferpipe_store_calls_total", ""] > before["inferpipe_store_calls_total", ""]
     assert after["inferpipe_open_streams", ""] == before["inferpipe_open_streams", ""]
     assert after["inferpipe_ready_executions", ""] == 0
+    assert after["inferpipe_dead_messages", ""] == 0
     assert after["inferpipe_store_up", ""] == 1
 
 

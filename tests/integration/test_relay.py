@@ -106,3 +106,49 @@ async def test_a_message_that_cannot_be_applied_holds_up_no_other(harness: Harne
     await start(harness, 0)
     await all_told(client, 1)
     await client.aclose()
+
+
+async def test_a_message_that_never_can_be_applied_is_put_aside(harness: Harness) -> None:
+    client = raw_client(harness.url)
+    await client.set(f"{partition_key(1)}:log:broken", "no stream")
+    outbox, dead = f"{partition_key(0)}:outbox", f"{partition_key(0)}:dead"
+    await client.xadd(outbox, {"m": "old", "t": "1:broken", "b": "0"}, id="1-0")
+    await client.xadd(outbox, {"m": "young", "t": "1:broken", "b": "1"})
+    for _ in range(12):
+        with pytest.raises(Exception, match="WRONGTYPE"):
+            await harness.store.relay(0, 64)
+    [(_, members)] = await client.xrange(dead)
+    assert (members[b"m"], members[b"t"], members[b"b"]) == (b"old", b"1:broken", b"0")
+    assert b"WRONGTYPE" in members[b"why"]
+    [(_, left)] = await client.xrange(outbox)
+    assert left[b"m"] == b"young", "it may yet be applied: an upgrade may be under way"
+    assert await client.hlen(f"{outbox}:faults") == 1
+    await client.delete(f"{partition_key(1)}:log:broken")
+    await harness.store.relay(0, 64)
+    assert await client.xlen(outbox) == 0
+    await client.aclose()
+
+
+async def test_a_broken_message_to_a_child_holds_up_that_child_alone(harness: Harness) -> None:
+    client = raw_client(harness.url)
+    child = await start(harness, 1)
+    outbox = f"{partition_key(0)}:outbox"
+    body = f'{{"child": "{child}", "at_ms": 1}}'
+    for name, text in (("other", "no JSON"), ("other", body), (child, body)):
+        log = "child.cancel" if text == body else "child.start"
+        await client.xadd(outbox, {"m": f"{log}.{name}", "t": f"1:{log}", "b": text})
+    with pytest.raises(ValueError, match="invalid literal"):
+        await harness.store.relay(0, 64)
+    left = [members[b"m"].decode() for _, members in await client.xrange(outbox)]
+    assert left == ["child.start.other", "child.cancel.other"]
+    execution = await harness.store.load(child)
+    assert execution is not None
+    assert execution.status == "cancelling"
+    await client.aclose()
+
+
+async def test_a_log_that_nobody_writes_any_more_expires(harness: Harness) -> None:
+    await harness.store.send(Outgoing("m1", 1, "ends", b"x"))
+    client = raw_client(harness.url)
+    assert await client.ttl(f"{partition_key(1)}:log:ends") > 86_400
+    await client.aclose()
