@@ -27,10 +27,10 @@ from serve_app.adapters.payloads import (
     size_of,
 )
 from serve_app.adapters.redis_calls import RedisCalls
-from serve_app.adapters.redis_children import HeldBackError, send_all, take_child_message
+from serve_app.adapters.redis_children import send_all, take_child_message
 from serve_app.adapters.redis_events import EVENT_LOGS, RedisEvents
 from serve_app.adapters.redis_index import Flat, RedisIndex, fields_of, partition_key
-from serve_app.adapters.redis_outbox import message_args, read_outgoing
+from serve_app.adapters.redis_outbox import message_args, note_faults, read_outgoing
 from serve_app.adapters.redis_usage import booking_args
 from serve_app.adapters.redis_verdicts import entrance, take_verdict
 from serve_app.adapters.store_limits import DAY_MS, DEFAULT_LIMITS, StoreLimits
@@ -62,8 +62,6 @@ Take = Callable[[Outgoing], Awaitable[bool]]
 # Logs that are more than a list: what applies a message there, by the word before the colon.
 APPLIED_BY = MappingProxyType({"webhook": "ip1_webhook_accept", GATE_LOG: "ip1_gate"})
 GATE_HOPS_MAX = 3  # gates asked in a row by one relay: a route has two, and its execution one more
-FAULT_CHARS_MAX = 500  # of why a message was given up
-NOT_NOW = (StoreUnavailableError, OverloadedError, HeldBackError)  # no fault of the message
 RELAY_NOW_MAX = 64  # messages sent by an acceptance; more are a worker's work
 
 
@@ -302,28 +300,13 @@ class RedisStore:
         if sent:
             await self._calls.call("XDEL", outbox, *sent)
         if failures:
-            await self._note_faults(partition, rows, outcomes)
+            await note_faults(self._calls, partition, rows, outcomes)
             raise failures[0]
         # A gate answers through its own outbox, and somebody waits for it now.
         gates = {one.target_partition for one in messages if one.log == GATE_LOG}
         for target in gates - {partition} if answers_hops else ():
             await self.relay(target, limit, answers_hops - 1)
         return len(rows)
-
-    async def _note_faults(
-        self,
-        partition: int,
-        rows: Sequence[tuple[bytes, Mapping[bytes, bytes]]],
-        outcomes: Sequence[bool | BaseException],
-    ) -> None:
-        for (entry_id, members), outcome in zip(rows, outcomes, strict=True):
-            if not isinstance(outcome, Exception) or isinstance(outcome, NOT_NOW):
-                continue
-            why = f"{type(outcome).__name__}: {outcome}"[:FAULT_CHARS_MAX]
-            key = partition_key(partition)
-            if await self._calls.fcall("ip1_fault", key, entry_id, why):
-                message_id = members[b"m"].decode()
-                logger.error("given up: %s", why, extra={"message_id": message_id})
 
     def _can_take(self, log: str) -> bool:
         return log not in CARRIED_OUT_LOGS or log in self._takers
