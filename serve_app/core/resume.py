@@ -116,10 +116,14 @@ class Answer:
             if fresh is None:
                 return None
             chunk = fresh
-        self.token_ids += chunk.token_ids
-        self.text_length += len(chunk.text)
+        text, token_ids = chunk.text, chunk.token_ids
+        self.token_ids += token_ids
+        self.text_length += len(text)
         self._bill(chunk.usage)
-        return replace(chunk, usage=self.usage, resumed=self._mark())
+        # Not `replace`, which costs as much as the rest: this is done for every token.
+        return Chunk(
+            text, token_ids, chunk.finish_reason, self.usage, chunk.details, self._mark()
+        )
 
     def _named(self) -> GenerationRequest:
         if self.attempt_count == 1:
@@ -136,10 +140,10 @@ class Answer:
 
     def _bill(self, reported: Usage | None) -> None:
         known = reported or self.usage
-        self.usage = replace(
-            known,
-            completion_tokens=max(len(self.token_ids), known.completion_tokens),
-            cached_tokens=min(known.cached_tokens, known.prompt_tokens),
+        self.usage = Usage(
+            known.prompt_tokens,
+            max(len(self.token_ids), known.completion_tokens),
+            min(known.cached_tokens, known.prompt_tokens),
         )
 
     def _mark(self) -> Resumed | None:
