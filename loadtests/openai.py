@@ -1,11 +1,12 @@
-"""Our chat completions beside vLLM's own server: tokens a second, and the first one.
+"""Our chat completions beside vLLM's own server and Ray Serve LLM: tokens a second, and the first.
 
-Run it as `python -m loadtests.openai` from the root of the repository; it takes about 200 s. Both
+Run it as `python -m loadtests.openai` from the root of the repository; it takes about 200 s. All
 arms serve the same model with the same engine settings and run at the same time, but only one is
-asked at a time, in turns; so what the other's idle processes take, each arm loses. `vllm` is
+asked at a time, in turns; so what the others' idle processes take, each arm loses. `vllm` is
 `python -m vllm.entrypoints.openai.api_server` as vLLM ships it, without its access log and its
-statistics, which our engine leaves out too. `--model smollm2` measures with the bundled real model,
-where the engine's own time covers much of the cost of serving.
+statistics, which our engine leaves out too. `ray` is `loadtests.ray_serve_llm`; `--arms
+vllm,inferpipe` leaves it out. `--model smollm2` measures with the bundled real model, where the
+engine's own time covers much of the cost of serving.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,8 @@ MAX_TOKENS = {"tiny": 128, "smollm2": 32}
 NAME = "bench"
 CONTEXT = 2048
 READY_WITHIN_S = 150
-ARMS = ("vllm", "inferpipe")
+RAY = "loadtests.ray_serve_llm"
+ARMS = ("vllm", "inferpipe", "ray")
 
 
 @dataclass(slots=True)
@@ -78,21 +80,16 @@ class Server:
 
 
 @contextmanager
-def vllm_server(model: Path, log: Path) -> Iterator[tuple[Server, Callable[[], None]]]:
-    """The server, and what waits until it answers: both servers start at the same time."""
-    port = free_port()
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(model), "--served-model-name", NAME, "--host", "127.0.0.1"),
-        *("--port", str(port), "--enforce-eager", "--max-num-seqs", "64"),
-        *("--max-model-len", str(CONTEXT), "--kv-cache-memory-bytes", str(2**30)),
-        *("--scheduling-policy", "priority", "--disable-log-stats"),
-        "--disable-uvicorn-access-log",
-    ]
+def peer(command: list[str], port: int, log: Path) -> Iterator[tuple[Server, Callable[[], None]]]:
+    """A peer's server, and what waits until it answers: all servers start at the same time."""
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, "-m", *command],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
 
     def wait() -> None:
@@ -105,17 +102,35 @@ def vllm_server(model: Path, log: Path) -> Iterator[tuple[Server, Callable[[], N
     try:
         yield Server(port, process.pid), wait
     finally:
-        process.terminate()
+        assert process.stdin is not None
+        process.stdin.close()  # which ends Ray Serve LLM in good order
+        if command[0] != RAY:
+            process.terminate()
         try:
-            process.wait(20)
+            process.wait(40)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
+def peer_command(way: str, model: Path, port: int, base: Path) -> list[str]:
+    """The module and arguments that start a peer on the model."""
+    if way == "ray":
+        (base / "ray").mkdir()
+        return [RAY, str(model), NAME, str(port), str(CONTEXT), str(base / "ray")]
+    return [
+        "vllm.entrypoints.openai.api_server",
+        *("--model", str(model), "--served-model-name", NAME, "--host", "127.0.0.1"),
+        *("--port", str(port), "--enforce-eager", "--max-num-seqs", "64"),
+        *("--max-model-len", str(CONTEXT), "--kv-cache-memory-bytes", str(2**30)),
+        *("--scheduling-policy", "priority", "--disable-log-stats"),
+        "--disable-uvicorn-access-log",
+    ]
+
+
 def _answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2):
             return True
     except (OSError, urllib.error.URLError):
         return False
@@ -184,13 +199,13 @@ def completion_tokens(raw: bytes) -> int:
 
 async def measure(servers: dict[str, Server], kind: str) -> dict[tuple[int, str], Arm]:
     """All arms, taking turns."""
-    arms = {(count, way): Arm() for count in STREAM_COUNTS for way in ARMS}
-    for way in ARMS:  # warm: code paths, and the engine's batch sizes
+    arms = {(count, way): Arm() for count in STREAM_COUNTS for way in servers}
+    for server in servers.values():  # warm: code paths, and the engine's batch sizes
         for count in STREAM_COUNTS:
-            await run_round(Arm(), servers[way], count, kind, 1.0)
+            await run_round(Arm(), server, count, kind, 1.0)
     for number in range(ROUNDS):
         for count in STREAM_COUNTS:
-            for way in sorted(ARMS, reverse=bool(number % 2)):
+            for way in sorted(servers, reverse=bool(number % 2)):
                 await run_round(arms[count, way], servers[way], count, kind, SECONDS[kind])
     return arms
 
@@ -229,7 +244,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=sorted(SECONDS), default="tiny")
-    kind: str = parser.parse_args().model
+    parser.add_argument("--arms", default=",".join(ARMS), help="vllm is the baseline")
+    arguments = parser.parse_args()
+    kind: str = arguments.model
+    ways = [way for way in ARMS if way in arguments.arms.split(",")]
     with tempfile.TemporaryDirectory(prefix="ip-load-") as base:
         if kind == "tiny":
             model = make_tiny_model(Path(base) / "tiny", context_max=CONTEXT)
@@ -239,18 +257,27 @@ def main() -> None:
             (Path(base) / "models").symlink_to(kept, target_is_directory=True)
             model = prepare_default_model(Path(base))
         settings = {"INFERPIPE_MODEL_NAME": NAME, "INFERPIPE_CONTEXT_MAX": str(CONTEXT)}
-        with vllm_server(model, Path(base) / "vllm.log") as (server, wait):
-            service = start_service(Path(base) / "data", model, **settings)
-            try:
-                service.wait_healthy()
+        with ExitStack() as stack:
+            waits, servers = [], {}
+            for way in ways:
+                if way == "inferpipe":
+                    service = start_service(Path(base) / "data", model, **settings)
+                    stack.callback(stop_service, service)
+                    waits.append(service.wait_healthy)
+                    servers[way] = Server(service.port, service.process.pid)
+                    continue
+                port = free_port()
+                command = peer_command(way, model, port, Path(base))
+                servers[way], wait = stack.enter_context(
+                    peer(command, port, Path(base) / f"{way}.log")
+                )
+                waits.append(wait)
+            for wait in waits:
                 wait()
-                print(machine())
-                ours = Server(service.port, service.process.pid)
-                arms = uvloop.run(measure({"vllm": server, "inferpipe": ours}, kind))
-                print_table(arms, kind)
-                print_parts(arms)
-            finally:
-                stop_service(service)
+            print(machine())
+            arms = uvloop.run(measure(servers, kind))
+            print_table(arms, kind)
+            print_parts(arms)
 
 
 if __name__ == "__main__":

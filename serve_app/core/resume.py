@@ -121,9 +121,7 @@ class Answer:
         self.text_length += len(text)
         self._bill(chunk.usage)
         # Not `replace`, which costs as much as the rest: this is done for every token.
-        return Chunk(
-            text, token_ids, chunk.finish_reason, self.usage, chunk.details, self._mark()
-        )
+        return Chunk(text, token_ids, chunk.finish_reason, self.usage, chunk.details, self._mark())
 
     def _named(self) -> GenerationRequest:
         if self.attempt_count == 1:
