@@ -409,7 +409,7 @@ class ExecutionStore(Protocol):
         watcher: str,
         start_at_ms: int = 0,
     ) -> Accepted:
-        """Accept an execution, hand it to a worker, and tell `watcher` of its events.
+        """Accept an execution, hand it to a worker, and tell `watcher` ("": nobody) of its events.
 
         It is handed on once `start_at_ms` (Unix epoch) has come and its gates let it through.
 

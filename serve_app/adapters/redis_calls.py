@@ -32,6 +32,7 @@ from redis.exceptions import (
 )
 
 from serve_app.adapters.metrics import store_answered
+from serve_app.adapters.redis_batch import Command
 from serve_app.adapters.redis_library import RedisLibrary
 from serve_app.adapters.redis_nodes import Address, RedisNodes
 from serve_app.core.errors import OverloadedError, StoreUnavailableError
@@ -60,8 +61,6 @@ _NOT_NOW = (
 # The server is full, lacks replicas or disk, or does not let us; nothing was applied.
 _REFUSALS = (AuthenticationError, NoPermissionError, OutOfMemoryError)
 _REFUSAL_PREFIXES = ("MISCONF ", "NOREPLICAS ")
-
-Command = tuple[str | bytes | int, ...]
 
 
 class RedisCalls:
@@ -194,17 +193,16 @@ class _Lane:
                     future.set_result(answer)
 
     async def _exchange(self, key: str, commands: list[Command]) -> list[Any]:
-        pipeline = self._nodes.client(self._address).pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
         replicas = self._nodes.options.ack_replicas
         if not replicas:
-            return await pipeline.execute(raise_on_error=False)
+            return await self._nodes.exchange(self._address, commands)
         # WAIT counts from this connection's last write, and a repeated call may write nothing: its
         # first try was over another connection. So one write of its own stands before it.
-        pipeline.execute_command("SET", f"{key[: key.index('}') + 1]}:sync", "", "PX", 60_000)
-        pipeline.execute_command("WAIT", replicas, ACK_WAIT_MS)
-        *answers, synced, reached = await pipeline.execute(raise_on_error=False)
+        sync = ("SET", f"{key[: key.index('}') + 1]}:sync", "", "PX", 60_000)
+        wait = ("WAIT", replicas, ACK_WAIT_MS)
+        *answers, synced, reached = await self._nodes.exchange(
+            self._address, [*commands, sync, wait]
+        )
         if not isinstance(synced, Exception) and reached >= replicas:
             return answers
         why = f"{reached} of {replicas} replicas have the write"

@@ -7,7 +7,7 @@ is a hint; the server that gets a call decides, and its MOVED is believed over t
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,6 +20,8 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
+
+from serve_app.adapters.redis_batch import Callbacks, Command, exchange
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class RedisNodes:
         self._pools: dict[Address, ConnectionPool] = {}
         self._is_refreshing = asyncio.Lock()
         self._watchers: set[asyncio.Event] = set()
+        self._callbacks: Callbacks | None = None  # the same for all of redis-py's clients
 
     def owner(self, key: str) -> Address | None:
         """Who has the slot of a key; None while that is not known."""
@@ -85,6 +88,13 @@ class RedisNodes:
     def client(self, address: Address) -> Redis:
         """A client of one server."""
         return Redis(connection_pool=self._pool(address))
+
+    async def exchange(self, address: Address, commands: Sequence[Command]) -> list[Any]:
+        """See `redis_batch.exchange`."""
+        pool = self._pool(address)
+        if self._callbacks is None:
+            self._callbacks = Redis(connection_pool=pool).response_callbacks
+        return await exchange(pool, self._callbacks, commands, ANSWER_TIMEOUT_S)
 
     def subscriber(self, address: Address) -> AbstractConnection:
         """A new connection for subscriptions; the caller closes it.

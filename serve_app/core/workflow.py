@@ -166,11 +166,8 @@ def ready_steps(
     steps: Sequence[Step], done: Collection[str], started: Collection[str]
 ) -> tuple[Step, ...]:
     """The steps of a block not yet started whose needs are all done, in document order."""
-    return tuple(
-        step
-        for step in steps
-        if step.id not in started and all(need in done for need in step.needs)
-    )
+    ended = frozenset(done)
+    return tuple(step for step in steps if step.id not in started and ended.issuperset(step.needs))
 
 
 def parse_duration_ms(value: object) -> int:

@@ -140,7 +140,7 @@ class Executions:
         new, start_at_ms = await self._prepare(submission)
         first = StoredEvent(1, _CREATE_COMMIT, new.created)
         async with self._feeds.begin(new, first) as feed:
-            started = await self._create(new, start_at_ms)
+            started = await self._create(new, start_at_ms, self._feeds.watcher_id)
             if started.is_new:
                 feed.settle(new.created)
                 yield started, feed
@@ -320,9 +320,10 @@ class Executions:
                 [Problem(("input", *problem.loc), problem.msg) for problem in problems],
             )
 
-    async def _create(self, new: Execution, start_at_ms: int) -> Started:
+    async def _create(self, new: Execution, start_at_ms: int, watcher: str = "") -> Started:
+        # Nobody is told of what nobody follows yet; `follow` asks to be.
         accepted = await self._store.create(
-            new.id, new.created, _CREATE_COMMIT, self._feeds.watcher_id, start_at_ms
+            new.id, new.created, _CREATE_COMMIT, watcher, start_at_ms
         )
         is_same_body = accepted.execution.created.request_hash == new.created.request_hash
         if not accepted.is_new and not is_same_body:

@@ -7,6 +7,7 @@ lost a race is thrown away and made again. Invariant: a plan is the fold of its 
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from serve_app.core.app_events import event_message
 from serve_app.core.children import cancels, end
@@ -171,13 +172,13 @@ class Planner:
             StepFailedError: an expression has no value.
         """
         step, attempt = self._workflow.step(step_id), execution.steps[step_id].attempt
-        scope = scope_of(execution, self._workflow, step_id)
+        scope = cache(lambda: scope_of(execution, self._workflow, step_id))
         evaluate = self._runtime.expressions.evaluate
         return StepCall(
             execution_id=execution.id,
             step_id=step_id,
             attempt=attempt,
-            settings=render(step.settings, lambda text: evaluate(text, scope)),
+            settings=render(step.settings, lambda text: evaluate(text, scope())),
             input=execution.created.input,
             idempotency_key=f"{execution.id}/{step_id}/{attempt}",
             deadline_ms=execution.created.deadline_ms,
