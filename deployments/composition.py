@@ -6,7 +6,7 @@ Apart from the deployment, so that tests can run the same application without Ra
 from importlib.metadata import version
 
 from deployments.definitions import catalog_of, children_of, flow_of, publish_definitions
-from deployments.events import events_of
+from deployments.events import events_of, hooks_of
 from deployments.webhooks import guarded_http, webhooks_of
 from serve_app.adapters.json_schema import JsonSchemas
 from serve_app.adapters.metrics import ProcessMetrics
@@ -84,6 +84,7 @@ def compose(
         usage=usage,
         limits=limits,
         events=events_of(settings, stores.calls, entropy),
+        hooks=hooks_of(settings, stores.calls, catalog, clock, entropy),
         webhooks=webhooks_of(settings, stores.calls, clock, entropy),
         authenticator=Authenticator(keys, limits, clock, settings),
         inference=inference,

@@ -1,6 +1,7 @@
 """What of events each process holds: the ingress publishes, the executor carries out."""
 
 from deployments.definitions import flow_of
+from serve_app.adapters.aesgcm_vault import AesGcmVault
 from serve_app.adapters.cel_expressions import CelExpressions
 from serve_app.adapters.cronsim_schedules import CronSchedules
 from serve_app.adapters.json_schema import JsonSchemas
@@ -8,10 +9,12 @@ from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_connect import RedisConnections, store_limits
 from serve_app.adapters.redis_cron import RedisCron
 from serve_app.adapters.redis_events import RedisEvents
+from serve_app.adapters.redis_hooks import RedisHooks
 from serve_app.core.app_events import CARRIED_OUT_LOGS
 from serve_app.ports import Clock, Entropy, WorkflowCatalog
 from serve_app.services.events import EventLimits, Events
 from serve_app.services.fan_out import FanOut
+from serve_app.services.hooks import Hooks
 from serve_app.services.timekeeper import BEAT_MS, Timekeeper, Timing
 from serve_app.services.triggered_starts import TriggeredStarts
 from serve_app.settings import Settings
@@ -22,6 +25,26 @@ def events_of(settings: Settings, calls: RedisCalls, entropy: Entropy) -> Events
     limits = EventLimits(settings.event_max_bytes, settings.events_batch_max, settings.backlog_max)
     store = RedisEvents(calls, partition_count=settings.partitions, limits=store_limits(settings))
     return Events(store, entropy, limits)
+
+
+def hooks_of(
+    settings: Settings,
+    calls: RedisCalls,
+    catalog: WorkflowCatalog,
+    clock: Clock,
+    entropy: Entropy,
+) -> Hooks:
+    """Webhooks that come in."""
+    secret = settings.cluster_secret.get_secret_value().encode()
+    return Hooks(
+        RedisHooks(calls),
+        catalog,
+        events_of(settings, calls, entropy),
+        AesGcmVault(secret, entropy),
+        clock,
+        entropy,
+        tolerance_ms=settings.hook_tolerance_s * 1000,
+    )
 
 
 def timekeeper_of(

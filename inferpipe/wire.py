@@ -72,6 +72,7 @@ from inferpipe._wire_tenants import (
     WorkspaceRequest,
     WorkspaceView,
 )
+from inferpipe._wire_triggers import HookDelivery, HookRequest, HookView, TriggerView
 
 __all__ = [
     "EVENT_BYTES_MAX",
@@ -96,6 +97,9 @@ __all__ = [
     "ExecutionResult",
     "ExecutionStatus",
     "HealthStatus",
+    "HookDelivery",
+    "HookRequest",
+    "HookView",
     "HostList",
     "HostRequirements",
     "HostView",
@@ -128,6 +132,7 @@ __all__ = [
     "StreamTokenView",
     "TimingView",
     "TokenLimit",
+    "TriggerView",
     "UsageItem",
     "UsageReport",
     "UsageView",
@@ -262,15 +267,6 @@ class StepView(WireModel):
     usage: UsageView | None = None
     waiting: WaitView | None = None
     resumed: str | None = None
-
-
-class TriggerView(WireModel):
-    """What started an execution: `api` is a call, `parent` a step of the execution `id`."""
-
-    type: str
-    id: str | None = None
-    name: str | None = None
-    at: Timestamp | None = None
 
 
 class ExecutionRecord(ExecutionResult):

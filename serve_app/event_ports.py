@@ -88,3 +88,15 @@ class CronStore(Protocol):
     async def release(self, worker_id: str) -> None:
         """Give the lease up."""
         ...
+
+
+class HookStore(Protocol):
+    """Sealed secrets of hooks. Raises StoreUnavailableError."""
+
+    async def find(self, workspace: str, workflow_id: str) -> str:
+        """What is sealed for a workflow's hook; empty: it has no secret."""
+        ...
+
+    async def set(self, workspace: str, workflow_id: str, present: str, new: str) -> bool:
+        """Put another in its place; empty: take it away. False: it was changed meanwhile."""
+        ...

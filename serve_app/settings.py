@@ -199,6 +199,9 @@ class Settings(BaseSettings):
         ge=256,
         description="Events kept of one workspace. Each partition has its share.",
     )
+    hook_tolerance_s: int = Field(
+        300, ge=1, le=3600, description="How far from now a webhook that comes in may be dated."
+    )
     events_retention_s: int = Field(
         86400, ge=60, description="How long an event is kept, to be heard by who comes late."
     )

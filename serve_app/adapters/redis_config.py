@@ -13,7 +13,7 @@ from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.core.auth import KeyRecord, Principal, Scope, key_digest
 from serve_app.core.errors import UnknownWorkflowError
 from serve_app.core.limits import read_limits
-from serve_app.core.triggers import CronTrigger, EventTrigger
+from serve_app.core.triggers import CronTrigger
 from serve_app.core.workflow import Workflow
 from serve_app.ports import Clock, Defined
 
@@ -80,7 +80,7 @@ class RedisCatalog:
             workflow.id,
             data,
             base,
-            int(any(isinstance(one, EventTrigger) for one in workflow.triggers)),
+            int(any(not isinstance(one, CronTrigger) for one in workflow.triggers)),
             int(has_clock),
         )
         self._latest.drop(f"{workspace}:{workflow.id}")

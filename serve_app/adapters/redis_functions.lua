@@ -51,6 +51,7 @@
 --   ip:{config}:wf:<ws>:<id>  hash  version -> definition, at:<version>, latest (live), last (ever)
 --   ip:{config}:wfs:<ws>      set   ids of live definitions
 --   ip:{config}:trig:<ws>     hash  id -> latest version, of live definitions that events start
+--   ip:{config}:in:<ws>       hash  workflow id -> the sealed secrets of its hook
 --   ip:{config}:cron          zset  "<ws> <id>" of live definitions with a clock; score: when it is due, Unix ms
 --   ip:{config}:cron:from     hash  the same -> "<ms up to which all was started> <version>"; :owner string, lease
 --   ip:{config}:keys          hash  key hash -> record

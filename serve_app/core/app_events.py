@@ -19,7 +19,9 @@ HEARD_LOG = "event.heard"  # an event of the log, for one subscriber who came af
 CARRIED_OUT_LOGS = frozenset({FAN_OUT_LOG, HEARD_LOG})
 EVENT_ID_MAX = 256
 EVENT_NAME_MAX = 200
-RESERVED_PREFIX = "inngest/"  # names that its SDK keeps for the server's own events
+HOOK_PREFIX = "inferpipe/hook."  # of an event that a workflow's hook took in
+# Names of the server's own events: ours, and those that Inngest's SDK knows as such.
+RESERVED_PREFIXES = ("inferpipe/", "inngest/")
 HOPS_MAX = 20  # events that start executions that emit events; more is a circle
 
 
@@ -58,8 +60,8 @@ def event_name_problem(name: object) -> str | None:
         return f"is text of 1 to {EVENT_NAME_MAX} characters"
     if not name.isprintable() or " " in name or "*" in name:
         return "has no spaces, no control characters and no *"
-    if name.startswith(RESERVED_PREFIX):
-        return f"does not begin with {RESERVED_PREFIX}: those names are reserved"
+    if name.startswith(RESERVED_PREFIXES):
+        return f"does not begin with {' or '.join(RESERVED_PREFIXES)}: those names are reserved"
     return None
 
 

@@ -12,11 +12,21 @@ from serve_app.core.definition_checks import Checks
 from serve_app.core.inference import JsonValue
 from serve_app.core.step_graph import Level, Place
 from serve_app.core.template import Loc, outline
-from serve_app.core.triggers import WILDCARD, CancelOn, CatchUp, CronTrigger, EventTrigger, Trigger
+from serve_app.core.triggers import (
+    WILDCARD,
+    CancelOn,
+    CatchUp,
+    CronTrigger,
+    EventTrigger,
+    HookScheme,
+    HookTrigger,
+    Trigger,
+)
 
 TRIGGERS_MAX = 20  # each is asked for every event of the workspace
 CANCEL_ON_MAX = 10  # each is a subscription of every execution
 EVENT_KEYS = ("event", "if")
+HOOK_KEYS = ("webhook", "if")
 CRON_KEYS = ("cron", "timezone", "catchUp")
 _HIDDEN = frozenset({"input", "steps", "execution", "item", "index"})
 
@@ -57,6 +67,15 @@ def _cron(value: Mapping[str, JsonValue], loc: Loc, checks: Checks) -> CronTrigg
         checks.note((*loc, "catchUp"), f"is one of {', '.join(CatchUp)}")
         catch_up = CatchUp.LATEST.value
     return CronTrigger(str(cron), str(timezone), CatchUp(str(catch_up)))
+
+
+def _hook(value: Mapping[str, JsonValue], loc: Loc, checks: Checks) -> HookTrigger:
+    checks.refuse_unknown(value, loc, HOOK_KEYS)
+    scheme = value.get("webhook")
+    if scheme not in tuple(HookScheme):
+        checks.note((*loc, "webhook"), f"is one of {', '.join(HookScheme)}")
+        scheme = HookScheme.STANDARD.value
+    return HookTrigger(HookScheme(str(scheme)), _condition(value, loc, _HIDDEN, checks))
 
 
 def cancel_on(document: Mapping[str, JsonValue], checks: Checks) -> tuple[CancelOn, ...]:
@@ -120,5 +139,5 @@ def _condition(
 
 
 _KINDS: Mapping[str, Callable[[Mapping[str, JsonValue], Loc, Checks], Trigger]] = MappingProxyType(
-    {"event": _event, "cron": _cron}
+    {"event": _event, "cron": _cron, "webhook": _hook}
 )

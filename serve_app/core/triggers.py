@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from serve_app.core.app_events import HOOK_PREFIX, RESERVED_PREFIXES
 from serve_app.core.errors import StepFailedError
 from serve_app.core.inference import JsonValue
 from serve_app.core.journal import derived_execution_id
@@ -32,6 +33,8 @@ class EventTrigger:
 
     def takes(self, name: str) -> bool:
         """Whether events of this name are meant."""
+        if name.startswith(RESERVED_PREFIXES):
+            return False
         if self.event.endswith(WILDCARD):
             return name.startswith(self.event[: -len(WILDCARD)])
         return name == self.event
@@ -59,7 +62,28 @@ class CronTrigger:
     catch_up: CatchUp = CatchUp.LATEST
 
 
-Trigger = EventTrigger | CronTrigger
+class HookScheme(StrEnum):
+    """How a webhook that comes in is signed."""
+
+    STANDARD = "standard"
+    GITHUB = "github"
+
+    @property
+    def header(self) -> str:
+        """The header that has the signature."""
+        is_standard = self is HookScheme.STANDARD
+        return "webhook-signature" if is_standard else "x-hub-signature-256"
+
+
+@dataclass(frozen=True, slots=True)
+class HookTrigger:
+    """A webhook to the workflow's own address starts it."""
+
+    scheme: HookScheme
+    condition: str | None = None
+
+
+Trigger = EventTrigger | CronTrigger | HookTrigger
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +100,10 @@ class CancelOn:
 
 
 def is_started_by(
-    triggers: tuple[Trigger, ...], event: dict[str, JsonValue], evaluate: Evaluate
+    workflow_id: str,
+    triggers: tuple[Trigger, ...],
+    event: dict[str, JsonValue],
+    evaluate: Evaluate,
 ) -> bool:
     """Whether one of the triggers takes an event, as expressions see it.
 
@@ -85,9 +112,14 @@ def is_started_by(
     name = event["name"]
     assert isinstance(name, str), "every event has one"
     for trigger in triggers:
-        if not isinstance(trigger, EventTrigger) or not trigger.takes(name):
+        if isinstance(trigger, CronTrigger):
             continue
-        if holds(trigger.condition, {"event": event}, evaluate):
+        is_meant = (
+            trigger.takes(name)
+            if isinstance(trigger, EventTrigger)
+            else name == HOOK_PREFIX + workflow_id
+        )
+        if is_meant and holds(trigger.condition, {"event": event}, evaluate):
             return True
     return False
 

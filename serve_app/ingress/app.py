@@ -44,6 +44,7 @@ from serve_app.services.events import Events
 from serve_app.services.executions import Executions
 from serve_app.services.feeds import Feeds
 from serve_app.services.health import Health
+from serve_app.services.hooks import Hooks
 from serve_app.services.hosts import Hosts
 from serve_app.services.inference import Inference
 from serve_app.services.limits import KeyLimits
@@ -76,6 +77,7 @@ class Services:
     usage: UsageLedger
     limits: KeyLimits
     events: Events
+    hooks: Hooks
     webhooks: Webhooks
     authenticator: Authenticator
     health: Health
@@ -108,6 +110,7 @@ def create_app(services: Services) -> FastAPI:
         decisions,
         executions,
         health,
+        hooks,
         hosts,
         keys,
         metrics,
@@ -131,6 +134,7 @@ def create_app(services: Services) -> FastAPI:
     for routes in (
         executions,
         signals,
+        hooks,
         workflows,
         keys,
         decisions,

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 _COMPONENTS = "#/components/schemas/"
 _KEYLESS_TAG = "health"
-_KEY_IN_PATH = ("/e/",)
+_KEY_IN_PATH = ("/e/", "/hooks/")  # or a signature instead of one
 _STREAM_TOKEN_PATHS = ("/stream", "/v1/executions/{execution_id}/stream")
 _KEYS: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]
 _SECURITY_SCHEMES = {

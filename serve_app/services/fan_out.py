@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Coroutine, Sequence
 
-from serve_app.core.app_events import HEARD_LOG, HOPS_MAX, AppEvent, derived_event_id
+from serve_app.core.app_events import HEARD_LOG, HOOK_PREFIX, HOPS_MAX, AppEvent, derived_event_id
 from serve_app.core.errors import OverloadedError, StepFailedError, StoreUnavailableError
 from serve_app.core.journal import Outgoing
 from serve_app.core.origin import Origin
@@ -71,13 +71,14 @@ class FanOut:
         return [
             self._start(event, version, workflow)
             for version, workflow in await self._catalog.triggered(event.workspace)
-            if is_started_by(workflow.triggers, shown, evaluate)
+            if is_started_by(workflow.id, workflow.triggers, shown, evaluate)
         ]
 
     async def _start(self, event: AppEvent, version: int, workflow: Workflow) -> bool:
         count = self._store.partition_count
         new_id = started_by_event(count, event.workspace, event.id, workflow.id)
-        origin = Origin("event", event.id, event.name, event.ts, event.user)
+        kind = "webhook" if event.name.startswith(HOOK_PREFIX) else "event"
+        origin = Origin(kind, event.id, event.name, event.ts, event.user)
         wish = TriggeredStart(
             execution_id=new_id,
             workspace=event.workspace,

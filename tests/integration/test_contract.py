@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serve_app.core.inference import Chunk, FinishReason, GenerationRequest, Grant, Usage
-from tests.support.api import Api, ScriptedPlane, running_api
+from tests.support.api import ADMIN_KEY, Api, ScriptedPlane, running_api
 from tests.support.openapi import openapi_document
 
 ECHO = {"workflowId": "test-echo", "input": {"a": 1}}
@@ -27,7 +27,8 @@ TAKES_JSON = [
 @pytest.fixture
 def unmade() -> dict[str, str]:
     """Ids of nothing: a body is looked at before what it is for."""
-    return {"workflow_id": "w", "webhook_id": "w", "execution_id": "e", "session_id": "s"}
+    ids = {"workflow_id": "w", "webhook_id": "w", "execution_id": "e", "session_id": "s"}
+    return {**ids, "event_key": ADMIN_KEY}
 
 
 async def test_every_body_is_bounded_and_must_be_json(
@@ -38,7 +39,7 @@ async def test_every_body_is_bounded_and_must_be_json(
     deep = b'{"a":' * (depth_max + 1) + b"1" + b"}" * (depth_max + 1)
     async with running_api(valkey_url, tmp_path, **bounds) as api:
         for method, path in TAKES_JSON:
-            if path in NEEDS_A_MODEL:
+            if path in NEEDS_A_MODEL or path.startswith("/hooks/"):  # test_hooks.py
                 continue
             url = path.format(**unmade)
             for body, status, code in (

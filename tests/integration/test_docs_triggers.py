@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_events import carried_out, define, sent, started
+from tests.integration.test_hooks import by_github, deliver, secret_of
 from tests.integration.test_timekeeper import CONFIG, MINUTE_MS, calls, keeper, set_clock
 from tests.support.api import Api
 
@@ -16,6 +17,7 @@ EXAMPLES = re.findall(
 )
 
 CLOCKS = re.findall(r"```yaml\n# after: 10m\n# gives: (.*?)\n(.*?)```", PAGE, re.DOTALL)
+HOOKS = re.findall(r"```yaml\n# hook: (.*?)\n# gives: (.*?)\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.parametrize(("event", "then", "gives", "text"), EXAMPLES)
@@ -41,5 +43,15 @@ async def test_a_clock_of_the_page_runs(api: Api, gives: str, text: str) -> None
     assert (record["error"] or record["data"]) == json.loads(gives)
 
 
+@pytest.mark.parametrize(("body", "gives", "text"), HOOKS)
+async def test_a_hook_of_the_page_runs(api: Api, body: str, gives: str, text: str) -> None:
+    await define(api, "example", text)
+    secret = await secret_of(api, "example")
+    answer = await deliver(api, "example", body.encode(), by_github(secret, body.encode()))
+    assert answer.status_code == 202
+    (record,) = await started(api, "example")
+    assert (record["error"] or record["data"]) == json.loads(gives)
+
+
 def test_every_example_is_run() -> None:
-    assert PAGE.count("```yaml\n") == len(EXAMPLES) + len(CLOCKS)
+    assert PAGE.count("```yaml\n") == len(EXAMPLES) + len(CLOCKS) + len(HOOKS)

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 SECRET = "known-to-the-first-tenant-alone"
 CHAT = {"messages": [{"role": "user", "content": SECRET}]}
 DOCUMENT = openapi_document()
-# Whose call it is stands in the path, and no header counts: test_events.py has their borders.
-KEY_IN_PATH = ("/e/",)
+# Whose call it is stands in the path, or a signature says it: test_events.py and test_hooks.py
+# have their borders.
+KEY_IN_PATH = ("/e/", "/hooks/")
 ROUTES = sorted(
     (method, route.path)
     for route in bare_app().routes
@@ -38,6 +39,8 @@ SCOPES = {
     ("DELETE", "/v1/keys/{key_id}"): Scope.ADMIN,
     ("DELETE", "/v1/sessions/{session_id}"): Scope.EXECUTE,
     ("DELETE", "/v1/workflows/{workflow_id}"): Scope.ADMIN,
+    ("DELETE", "/v1/workflows/{workflow_id}/hook"): Scope.ADMIN,
+    ("POST", "/v1/workflows/{workflow_id}/hook"): Scope.ADMIN,
     ("DELETE", "/v1/webhooks/{webhook_id}"): Scope.ADMIN,
     ("GET", "/v1/deliveries/{delivery_id}"): Scope.READ,
     ("GET", "/v1/models"): Scope.READ,

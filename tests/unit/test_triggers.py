@@ -4,8 +4,16 @@ import pytest
 
 from serve_app.core.app_events import EVENT_NAME_MAX, AppEvent, event_message, event_name_problem
 from serve_app.core.errors import InvalidWorkflowError
+from serve_app.core.hooks import hook_event_name
 from serve_app.core.trigger_definition import CANCEL_ON_MAX, TRIGGERS_MAX
-from serve_app.core.triggers import CancelOn, EventTrigger, is_started_by, started_by_event
+from serve_app.core.triggers import (
+    CancelOn,
+    EventTrigger,
+    HookScheme,
+    HookTrigger,
+    is_started_by,
+    started_by_event,
+)
 from tests.support.definitions import EXPRESSIONS, parsed
 
 STEPS = "[{id: a, echo: {}}]"
@@ -32,6 +40,11 @@ def locs_of(**members: object) -> list[tuple[str | int, ...]]:
         ([{"event": "**"}], ("triggers", 0, "event")),
         ([{"event": "x" * (EVENT_NAME_MAX + 1)}], ("triggers", 0, "event")),
         ([{"event": "inngest/failed"}], ("triggers", 0, "event")),
+        ([{"event": "inferpipe/hook.w"}], ("triggers", 0, "event")),
+        ([{"webhook": "stripe"}], ("triggers", 0, "webhook")),
+        ([{"webhook": True}], ("triggers", 0, "webhook")),
+        ([{"webhook": "github", "secret": "x"}], ("triggers", 0, "secret")),
+        ([{"webhook": "github", "if": "input.x"}], ("triggers", 0, "if")),
         ([{"event": "a", "when": "true"}], ("triggers", 0, "when")),
         ([{"event": "a", "if": True}], ("triggers", 0, "if")),
         ([{"event": "a", "if": "1 +"}], ("triggers", 0, "if")),
@@ -103,9 +116,9 @@ def test_which_trigger_takes_an_event(
 ) -> None:
     event = AppEvent("w", "app/ticket.created", "e1", {"priority": 3, "text": "x" * 1000}, 5)
     trigger = EventTrigger(pattern, condition)
-    assert is_started_by((trigger,), event.shown(), EXPRESSIONS.evaluate) is is_started
+    assert is_started_by("w", (trigger,), event.shown(), EXPRESSIONS.evaluate) is is_started
     never = EventTrigger("other")
-    assert is_started_by((never, trigger), event.shown(), EXPRESSIONS.evaluate) is is_started
+    assert is_started_by("w", (never, trigger), event.shown(), EXPRESSIONS.evaluate) is is_started
 
 
 def test_ids_are_derived_from_what_makes_them() -> None:
@@ -124,6 +137,14 @@ def test_a_topic_has_one_place_and_its_messages_tell_repeats() -> None:
         event_message(AppEvent("w", str(n), "e", {}, 1), 16).target_partition for n in range(99)
     }
     assert places == set(range(16))
+
+
+def test_a_hooks_event_is_its_own_workflows_alone() -> None:
+    event = AppEvent("w", hook_event_name("mine"), "e1", {"n": 1}, 5).shown()
+    hook, every = HookTrigger(HookScheme.GITHUB, "event.data.n == 1"), EventTrigger("*")
+    assert is_started_by("mine", (hook,), event, EXPRESSIONS.evaluate)
+    assert not is_started_by("other", (hook, every), event, EXPRESSIONS.evaluate)
+    assert not is_started_by("mine", (every,), event, EXPRESSIONS.evaluate)
 
 
 @pytest.mark.parametrize("name", ["a", "app/ticket.created", "ä:b{c}", "x" * EVENT_NAME_MAX])
