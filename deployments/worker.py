@@ -5,6 +5,7 @@ Apart from the deployment, so that tests can run, and kill, the same worker with
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from deployments.definitions import catalog_of, children_of
 from deployments.events import carry_out_events, timekeeper_of
@@ -86,6 +87,7 @@ class Worker:
         port = await self._peers.listen()
         # The id names where its peers can feel its pulse, so no directory has to.
         worker_id = f"{self._host}:{port}~{self._entropy.token()}"
+        self._peers.worker_id = worker_id
         channels = worker_channels(worker_id, settings.partitions)
         self.executor = Executor(
             worker_id,
@@ -101,10 +103,9 @@ class Worker:
     async def watch_peers(self) -> None:
         """Feel the pulse of every other worker, and take over from one that is lost."""
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_newcomers(group))
             while True:
-                peers = await self.executor.peers_changed()
-                for peer in self._peers.unwatched(peers):
-                    group.create_task(self._watch(peer))
+                self._watch_all(await self.executor.peers_changed(), group)
 
     async def close(self) -> None:
         """Disconnect; the executor has ended before."""
@@ -112,6 +113,15 @@ class Worker:
         await self._link.close()
         await self._http.close()
         await self.stores.close()
+
+    async def _watch_newcomers(self, group: asyncio.TaskGroup) -> None:
+        """A worker that has just come may own something before our next heartbeat lists it."""
+        while True:
+            self._watch_all((await self._peers.greeted(),), group)
+
+    def _watch_all(self, peers: Collection[str], group: asyncio.TaskGroup) -> None:
+        for peer in self._peers.unwatched(peers):
+            group.create_task(self._watch(peer))
 
     async def _watch(self, peer: str) -> None:
         if not await self._peers.is_lost(peer):

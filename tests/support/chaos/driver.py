@@ -6,7 +6,8 @@ something. Only what was answered counts as promised.
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from serve_app.core.children import child_id
@@ -19,26 +20,45 @@ from serve_app.core.errors import (
 )
 from serve_app.services.executions import Submission
 from tests.support.chaos.generator import Planned
+from tests.support.chaos.ledger import Ledger
 from tests.support.chaos.oracle import Ask, Oracle
 from tests.support.chaos.world import PARTITIONS, WORKSPACE, World
 from tests.support.checker import TERMINAL_KINDS, Entry
 
-PAGE = 64  # events that a reader takes before it may be cut
 ANSWER_DELAY_S = 1.5  # at most, from the acceptance to a signal
 Value = TypeVar("Value")
-_AWAY = (StoreUnavailableError, OverloadedError, RateLimitExceededError)
+AWAY = (StoreUnavailableError, OverloadedError, RateLimitExceededError)
 
 
-class Driver:
-    """All clients of one run."""
+class Driver(ABC):
+    """All clients of one run, whatever they speak."""
 
-    def __init__(self, world: World, oracle: Oracle, seed: int) -> None:
-        self._world = world
-        self._ledger = world.ledger
-        self._executions = world.services.executions
-        self._feeds = world.services.feeds
+    def __init__(self, ledger: Ledger, oracle: Oracle, seed: int, partition_count: int) -> None:
+        self._ledger = ledger
         self._oracle = oracle
+        self._partition_count = partition_count
         self._rng = random.Random(seed)
+
+    @abstractmethod
+    async def start(self, plan: Planned) -> str:
+        """Start an execution under the plan's key; its id."""
+
+    @abstractmethod
+    async def has_ended(self, execution_id: str) -> bool:
+        """Whether it is in a terminal state."""
+
+    @abstractmethod
+    async def cancel(self, execution_id: str) -> None:
+        """Ask for its end."""
+
+    @abstractmethod
+    async def signal(self, execution_id: str, ask: Ask) -> None:
+        """Answer one of its waits."""
+
+    @abstractmethod
+    async def read(self, execution_id: str, cursor: int) -> AsyncIterator[Entry]:
+        """Some events after a cursor; it may end at any time."""
+        yield Entry(0, "")
 
     async def submit(self, plans: list[Planned], over_s: float, until_s: float) -> None:
         """Start all, evenly over a time, and stay until every client is done."""
@@ -61,35 +81,20 @@ class Driver:
             clients.create_task(self._until_ended(execution_id))
 
     async def _accept(self, plan: Planned) -> str:
-        execution_id = self._executions.new_id(WORKSPACE, "chaos", plan.key)
-        self._ledger.tried.add(execution_id)
-        submission = Submission(
-            execution_id=execution_id,
-            workspace=WORKSPACE,
-            workflow_id=plan.workflow_id,
-            input=plan.input,
-            idempotency_key=plan.key,
-            request_hash=plan.key,
-            priority=plan.priority,
-        )
         begun_s = asyncio.get_running_loop().time()
-        await self._insist(lambda: self._executions.start(submission))
+        execution_id = await self._insist(lambda: self.start(plan))
         self._ledger.accept_s.append(asyncio.get_running_loop().time() - begun_s)
         return execution_id
 
     async def _until_ended(self, execution_id: str) -> None:
-        while True:
-            state = await self._insist(lambda: self._executions.load(WORKSPACE, execution_id))
-            if state.is_terminal:
-                return
+        while not await self._insist(lambda: self.has_ended(execution_id)):
             await asyncio.sleep(0.25)
 
     async def _cancel(self, execution_id: str, after_s: float) -> None:
         await asyncio.sleep(after_s)
+        self._ledger.cancel_tried.add(execution_id)
         try:
-            await self._insist(
-                lambda: self._executions.cancel(WORKSPACE, execution_id, "the chaos wants it")
-            )
+            await self._insist(lambda: self.cancel(execution_id))
         except AlreadyTerminalError:
             return
         self._ledger.cancelled.add(execution_id)
@@ -98,17 +103,14 @@ class Driver:
     async def _signal(self, parent_id: str, ask: Ask) -> None:
         """Answer a wait, of the execution itself or of a child that may not be there yet."""
         await asyncio.sleep(self._rng.uniform(0, ANSWER_DELAY_S))
-        execution_id = family_member(parent_id, ask.family)
+        execution_id = family_member(parent_id, ask.family, self._partition_count)
         while True:
             try:
-                await self._insist(
-                    lambda: self._executions.signal(WORKSPACE, execution_id, ask.name, ask.data)
-                )
+                await self._insist(lambda: self.signal(execution_id, ask))
             except AlreadyTerminalError:
                 return
             except UnknownExecutionError:
-                parent = await self._insist(lambda: self._executions.load(WORKSPACE, parent_id))
-                if parent.is_terminal:
+                if await self._insist(lambda: self.has_ended(parent_id)):
                     return
                 await asyncio.sleep(0.1)
             else:
@@ -121,34 +123,70 @@ class Driver:
         cursor, is_done = 0, False
         while not is_done:
             try:
-                async with self._executions.follow(WORKSPACE, execution_id) as feed:
-                    for _ in range(self._rng.randrange(1, 6)):
-                        async with asyncio.timeout(self._rng.uniform(0.2, 3)):
-                            frames = await self._feeds.next_frames(feed, cursor)
-                        for seq, frame in frames:
-                            cursor = max(cursor, seq)
-                            if frame is not None:
-                                entry = Entry(seq, _kind(frame))
-                                self._ledger.views[execution_id].append(entry)
-                                is_done = is_done or entry.kind in TERMINAL_KINDS
-                        if is_done:
-                            break
-            except (*_AWAY, TimeoutError):
+                async with asyncio.timeout(self._rng.uniform(0.5, 6)):
+                    async for entry in self.read(execution_id, cursor):
+                        cursor = entry.seq
+                        self._ledger.views[execution_id].append(entry)
+                        is_done = entry.kind in TERMINAL_KINDS
+            except (*AWAY, TimeoutError):
                 self._ledger.notes["readers cut off"] += 1
 
     async def _insist(self, call: Callable[[], Awaitable[Value]]) -> Value:
         while True:
             try:
                 return await call()
-            except _AWAY:
+            except AWAY:
                 self._ledger.notes["calls repeated"] += 1
                 await asyncio.sleep(0.2)
 
 
-def family_member(execution_id: str, family: tuple[str, ...]) -> str:
+class OwnDriver(Driver):
+    """Clients of the services in this process."""
+
+    def __init__(self, world: World, oracle: Oracle, seed: int) -> None:
+        super().__init__(world.ledger, oracle, seed, PARTITIONS)
+        self._executions = world.services.executions
+        self._feeds = world.services.feeds
+
+    async def start(self, plan: Planned) -> str:
+        execution_id = self._executions.new_id(WORKSPACE, "chaos", plan.key)
+        submission = Submission(
+            execution_id=execution_id,
+            workspace=WORKSPACE,
+            workflow_id=plan.workflow_id,
+            input=plan.input,
+            idempotency_key=plan.key,
+            request_hash=plan.key,
+            priority=plan.priority,
+        )
+        await self._executions.start(submission)
+        return execution_id
+
+    async def has_ended(self, execution_id: str) -> bool:
+        return (await self._executions.load(WORKSPACE, execution_id)).is_terminal
+
+    async def cancel(self, execution_id: str) -> None:
+        await self._executions.cancel(WORKSPACE, execution_id, "the chaos wants it")
+
+    async def signal(self, execution_id: str, ask: Ask) -> None:
+        await self._executions.signal(WORKSPACE, execution_id, ask.name, ask.data)
+
+    async def read(self, execution_id: str, cursor: int) -> AsyncIterator[Entry]:
+        async with self._executions.follow(WORKSPACE, execution_id) as feed:
+            while True:
+                frames = await self._feeds.next_frames(feed, cursor)
+                if not frames:
+                    return
+                cursor = frames[-1][0]
+                for seq, frame in frames:
+                    if frame is not None:
+                        yield Entry(seq, _kind(frame))
+
+
+def family_member(execution_id: str, family: tuple[str, ...], partition_count: int) -> str:
     """The id of a child of a child, by the steps that lead there."""
     for path in family:
-        execution_id = child_id(PARTITIONS, execution_id, path, 1)
+        execution_id = child_id(partition_count, execution_id, path, 1)
     return execution_id
 
 

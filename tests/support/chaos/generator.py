@@ -50,10 +50,12 @@ class Generator:
 
     Args:
         effects_url: of the receiver that `http` steps call.
+        is_model_known: what the model says can be told before, so that later steps may mention it.
     """
 
     seed: int
     effects_url: str
+    is_model_known: bool = True
     documents: list[Document] = field(default_factory=list)
     _count: int = 0
     _left: int = 0
@@ -195,7 +197,8 @@ class Generator:
         step_id = self._id("g")
         prompt = f"say {{{{ {self._expression(place)} }}}}"
         settings = {"prompt": prompt, "temperature": 0, "max_tokens": self.rng.randrange(3, 40)}
-        place.seen.append(f"size(steps.{step_id}.output)")
+        if self.is_model_known:
+            place.seen.append(f"size(steps.{step_id}.output)")
         return {"id": step_id, "generate": settings}
 
     def _sleep(self, place: _Place) -> Document:

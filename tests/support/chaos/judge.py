@@ -18,7 +18,7 @@ from serve_app.ports import ExecutionStore
 from tests.support.chaos.driver import family_member
 from tests.support.chaos.ledger import Ledger
 from tests.support.chaos.oracle import Expected, Oracle
-from tests.support.chaos.world import WORKSPACE, World
+from tests.support.chaos.world import PARTITIONS, WORKSPACE, World
 from tests.support.checker import entries_of_stored, journal_problems, view_problems
 
 PAGE = 1000
@@ -48,10 +48,19 @@ class Verdicts:
 
 async def judge(world: World, oracle: Oracle) -> Verdicts:
     """Judge a run in which nothing moves any more."""
-    verdicts = Verdicts()
     store: ExecutionStore = world.services.executions._store
     found = {one: await read(store, one) for one in await _stored_ids(world)}
-    ledger = world.ledger
+    verdicts = judge_executions(found, world.ledger, oracle, PARTITIONS)
+    verdicts.problems += [text async for text in _remains(world)]
+    verdicts.problems += await _usage_problems(world, found)
+    return verdicts
+
+
+def judge_executions(
+    found: Mapping[str, Found], ledger: Ledger, oracle: Oracle, partition_count: int
+) -> Verdicts:
+    """Judge all executions that a store has, children included."""
+    verdicts = Verdicts()
     for execution_id in ledger.accepted.keys() - found.keys():
         verdicts.problems.append(f"{execution_id}: accepted and lost")
     for execution_id, one in found.items():
@@ -66,15 +75,15 @@ async def judge(world: World, oracle: Oracle) -> Verdicts:
             texts += [f"a reader: {t}" for t in view_problems(ledger.views[execution_id], entries)]
         if (plan := ledger.accepted.get(execution_id)) is not None:
             expected = oracle.expected(plan.workflow_id, plan.input)
-            is_cancelled = execution_id in ledger.cancelled
+            is_cancelled = execution_id in ledger.cancelled or (
+                execution_id in ledger.cancel_tried and one.execution.status == "cancelled"
+            )
             texts += outcome_problems(one.execution, expected, is_cancelled=is_cancelled)
-            texts += call_problems(one, expected, ledger)
+            texts += call_problems(one, expected, ledger, partition_count)
         verdicts.problems += [f"{execution_id}: {text}" for text in texts]
     verdicts.problems += effect_problems(found, ledger)
     verdicts.problems += hook_problems(found, ledger)
     verdicts.problems += family_problems(found)
-    verdicts.problems += [text async for text in _remains(world)]
-    verdicts.problems += await _usage_problems(world, found)
     return verdicts
 
 
@@ -136,15 +145,19 @@ def outcome_problems(
         yield f"failed with {execution.error_code} instead of {expected.error_code}"
 
 
-def call_problems(one: Found, expected: Expected, ledger: Ledger) -> Iterator[str]:
+def call_problems(
+    one: Found, expected: Expected, ledger: Ledger, partition_count: int
+) -> Iterator[str]:
     """A completed execution has called what it had to, and nothing else."""
     if one.execution.status != "completed" or one.execution.verdict is Verdict.HIT:
         return
     top = one.execution.id
-    must = {f"{family_member(top, f)}/{path}/{n}" for f, path, n in expected.calls}
-    loose = tuple(f"{family_member(top, family)}/{path}" for family, path in expected.loose)
+    member = {f: family_member(top, f, partition_count) for f in expected.children}
+    member[()] = top
+    must = {f"{member[family]}/{path}/{n}" for family, path, n in expected.calls}
+    loose = tuple(f"{member[family]}/{path}" for family, path in expected.loose)
     cached = _may_be_cached(expected)
-    members = {family_member(top, family) for family in expected.children} | {top}
+    members = set(member.values())
     seen = {c.key for c in ledger.calls if c.key.partition("/")[0] in members}
     if not cached:
         for key in must - seen:

@@ -60,6 +60,7 @@ class Ledger:
     views: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
     signalled: list[tuple[str, str]] = field(default_factory=list)
     cancelled: set[str] = field(default_factory=set)
+    cancel_tried: set[str] = field(default_factory=set)  # sent, and maybe taken
     faults: Counter[str] = field(default_factory=Counter)
     take_overs: list[TakeOver] = field(default_factory=list)
     accept_s: list[float] = field(default_factory=list)

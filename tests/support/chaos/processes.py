@@ -77,6 +77,7 @@ async def executor(settings: Settings, name: str, clock: OffsetClock) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(router.run())
             group.create_task(worker.executor.run())
+            group.create_task(worker.timekeeper.run())
             group.create_task(worker.watch_peers())
     finally:
         await worker.close()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.chaos.driver import Driver
+from tests.support.chaos.driver import OwnDriver
 from tests.support.chaos.faults import Storm
 from tests.support.chaos.generator import Generator
 from tests.support.chaos.judge import Verdicts, judge, quiet
@@ -67,7 +67,7 @@ async def run(seed: int, directory: Path, script: Script) -> Report:
             await world.plant(script.bug)
         oracle = Oracle(generator.documents)
         storm = Storm(world, seed, script.kinds)
-        driver = Driver(world, oracle, seed)
+        driver = OwnDriver(world, oracle, seed)
         plans = generator.plans(script.executions)
         late: list[str] = []
         try:
