@@ -21,6 +21,7 @@ import redis
 
 from tests.e2e.conftest import API_KEY, Service, start_service, stop_service
 from tests.support.checker import TERMINAL_KINDS, Entry, entries_of_stream, journal_problems
+from tests.support.sse import events_of
 from tests.support.tiny_model import make_tiny_model
 
 EXECUTORS = "workflow_executor"
@@ -238,21 +239,6 @@ async def _read_once(
     except httpx.TransportError:
         reading.broken_count += 1
     return False
-
-
-async def events_of(answer: httpx.Response) -> AsyncIterator[Entry]:
-    """The events of an SSE answer; one that a broken connection left half is none."""
-    members: dict[str, str] = {}
-    async for line in answer.aiter_lines():
-        name, _, value = line.partition(": ")
-        if name:
-            members[name] = value
-        elif "data" in members:
-            seq = int(members.get("id", "-1"))
-            yield Entry(seq, members["event"], json.loads(members["data"]))
-            members = {}
-        else:
-            members = {}
 
 
 async def ended(

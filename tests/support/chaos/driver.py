@@ -35,7 +35,7 @@ class Driver(ABC):
 
     def __init__(self, ledger: Ledger, oracle: Oracle, seed: int, partition_count: int) -> None:
         self._ledger = ledger
-        self._oracle = oracle
+        self.oracle = oracle
         self._partition_count = partition_count
         self._rng = random.Random(seed)
 
@@ -76,7 +76,7 @@ class Driver(ABC):
                 clients.create_task(self._read(execution_id))
             if plan.cancel_after_s is not None:
                 clients.create_task(self._cancel(execution_id, plan.cancel_after_s))
-            for ask in self._oracle.expected(plan.workflow_id, plan.input).asks:
+            for ask in self.oracle.expected(plan.workflow_id, plan.input).asks:
                 clients.create_task(self._signal(execution_id, ask))
             clients.create_task(self._until_ended(execution_id))
 

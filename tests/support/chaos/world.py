@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import orjson
 from redis.asyncio import Redis
 
 from deployments.composition import compose
@@ -26,10 +25,10 @@ from serve_app.services.inference import Inference
 from serve_app.services.webhooks import WebhookWish
 from serve_app.settings import Settings
 from tests.support.api import ScriptedPlane
-from tests.support.chaos.ledger import Call, Hook, Ledger
-from tests.support.chaos.oracle import answer
+from tests.support.chaos.ledger import Ledger
+from tests.support.chaos.outside import Outside
 from tests.support.chaos.processes import Cast
-from tests.support.receiver import Got, receiver
+from tests.support.receiver import receiver
 from tests.support.tcp_proxy import TcpProxy
 
 WORKSPACE = "default"
@@ -143,34 +142,6 @@ class World:
             for source in sources:
                 await client.function_load(source, replace=True)
 
-    async def receive(self, got: Got, writer: asyncio.StreamWriter) -> None:
-        """Answer as the other side of `http` steps and webhooks, and note what came."""
-        if got.path == "/effects":
-            status, body = await self._take_call(got)
-        else:
-            status, body = self._take_hook(got), b""
-        head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-
-    async def _take_call(self, got: Got) -> tuple[int, bytes]:
-        key, wish = got.headers["idempotency-key"], orjson.loads(got.body)
-        now_s = asyncio.get_running_loop().time()
-        self.ledger.calls.append(Call(key, got.body, now_s))
-        self.ledger.write("call", key=key, n=wish["n"])
-        await asyncio.sleep(wish["ms"] / 1000)
-        if int(key.rpartition("/")[2]) <= wish["fail"]:
-            return wish["status"], b"{}"
-        return 200, orjson.dumps({"n": answer(wish["n"])})
-
-    def _take_hook(self, got: Got) -> int:
-        event = orjson.loads(got.body)
-        message_id = got.headers["webhook-id"]
-        is_first = all(one.message_id != message_id for one in self.ledger.hooks)
-        execution_id = event["data"]["executionId"]
-        self.ledger.hooks.append(Hook(message_id, execution_id, event["type"]))
-        self.ledger.write("hook", id=message_id, execution=execution_id)
-        return 500 if is_first and message_id.encode()[-1] % 8 == 0 else 204
-
 
 @asynccontextmanager
 async def a_world(
@@ -185,8 +156,7 @@ async def a_world(
         cast = await Cast.begin(directory)
         stack.push_async_callback(cast.end)
         world = World(directory, ledger, store, cast, given=given or {})
-        there = await stack.enter_async_context(receiver(world.receive))
-        there.got = _Forgetful()
+        there = await stack.enter_async_context(receiver(Outside(ledger).receive))
         world.effects_url = f"http://127.0.0.1:{there.port}/effects"
         roles = ["executor"] * executors + ["model"] * 2 + ["dispatcher"] * 2
         for place, role in enumerate([*roles, "ingress"]):
@@ -210,13 +180,6 @@ async def a_world(
             await world.start(actor)
         await world.until_ready()
         yield world
-
-
-class _Forgetful(list[Got]):
-    """The ledger has what came; the receiver need not keep it too."""
-
-    def append(self, got: Got) -> None:
-        return
 
 
 async def _end(task: "asyncio.Future[None]") -> None:
