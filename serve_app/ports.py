@@ -34,7 +34,7 @@ from serve_app.core.delivery import (
 from serve_app.core.emitted import NOTHING, Emitted
 from serve_app.core.errors import Problem
 from serve_app.core.execution import Execution, ExecutionCreated, Wait
-from serve_app.core.gates import Gate
+from serve_app.core.gates import Gate, Rate
 from serve_app.core.inference import (
     AdmitRequest,
     Chunk,
@@ -60,7 +60,7 @@ from serve_app.core.session import Session, SessionLimits, SessionMessage
 from serve_app.core.tools import Turn
 from serve_app.core.usage import Spending, UsageRow
 from serve_app.core.webhooks import Webhook
-from serve_app.core.workflow import RateLimit, Workflow
+from serve_app.core.workflow import Workflow
 
 
 class Clock(Protocol):
@@ -463,8 +463,8 @@ class FlowStore(Protocol):
         """How full a gate is now."""
         ...
 
-    async def take_rate(self, name: str, rate: RateLimit, ahead_max_ms: int) -> int:
-        """Take one start from a rate, now or later.
+    async def take_rate(self, rate: Rate, count: int, ahead_max_ms: int) -> int:
+        """Take so many from a rate, now or later; a negative count is given back.
 
         Returns:
             The ms to wait before the start, at most `ahead_max_ms`; where that is not enough,

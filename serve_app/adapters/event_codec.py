@@ -28,7 +28,7 @@ from serve_app.core.execution import (
     WaitKind,
     new_execution,
 )
-from serve_app.core.gates import Gate, Verdict
+from serve_app.core.gates import Gate, TokenShare, Verdict
 from serve_app.core.inference import Resumed, Usage
 from serve_app.core.journal import StoredEvent
 from serve_app.core.origin import Origin, Refusal
@@ -140,10 +140,12 @@ def decode_snapshot(
 
 
 def _read_origin(members: dict[str, Any]) -> None:
-    """What came with triggers; older journals have none of it."""
+    """What came with triggers and rates; older journals have none of it."""
     members["cancel_on"] = tuple(members.get("cancel_on") or ())
     if members.get("trigger") is not None:
         members["trigger"] = Origin(**members["trigger"])
+    if members.get("tokens") is not None:
+        members["tokens"] = TokenShare(**members["tokens"])
     if members.get("refusal") is not None:
         members["refusal"] = Refusal(**members["refusal"])
 

@@ -86,12 +86,30 @@ local function leave(p, message, now)
   end
 end
 
+-- A rate is when it will be without debt: GCRA (ITU-T I.371, Annex A), a bucket that refills evenly
+-- over the window. What is charged moves that moment on, what is given back moves it towards now.
+local function charge(p, name, cost_ms, now)
+  local key = p .. ':rate:' .. name
+  local due = math.max(tonumber(redis.call('GET', key) or '0'), now) + cost_ms
+  if due > now then
+    redis.call('SET', key, string.format('%.3f', due), 'PX', text(math.ceil(due - now)))
+  else
+    redis.call('DEL', key)
+  end
+end
+
 -- gate: message_id log body -> 1 when it is new here
 local function gate(keys, args)
   local p, now = keys[1], now_ms()
   if redis.call('ZSCORE', p .. ':seen', args[1]) then return 0 end
   local message = cjson.decode(args[3])
-  if message.gate then leave(p, message, now) else enter(p, message, now) end
+  if message.rate then
+    charge(p, message.rate, message.used * message.window_ms / message.tokens, now)
+  elseif message.gate then
+    leave(p, message, now)
+  else
+    enter(p, message, now)
+  end
   -- Noted last: a message that fails half-way is tried again.
   redis.call('ZADD', p .. ':seen', text(now), args[1])
   redis.call('ZREMRANGEBYSCORE', p .. ':seen', '-inf', text(now - SEEN_TTL_MS))
@@ -104,17 +122,17 @@ local function gate_look(keys, args)
   return {redis.call('ZCARD', key), redis.call('ZCARD', key .. ':line'), redis.call('EXISTS', key .. ':value')}
 end
 
--- rate_take: name requests window_ms ahead_max_ms -> ms to wait before the start, or minus the ms
--- until one would be taken.
--- GCRA (ITU-T I.371, Annex A): a bucket of `requests` that refills evenly over the window.
+-- rate_take: name count_max window_ms ahead_max_ms [count] -> ms to wait before the start, or minus
+-- the ms until they would be given. A negative count is given back.
 local function rate_take(keys, args)
-  local key = keys[1] .. ':rate:' .. args[1]
-  local now, requests, window, ahead = now_ms(), tonumber(args[2]), tonumber(args[3]), tonumber(args[4])
-  local interval = window / requests
-  local due = math.max(tonumber(redis.call('GET', key) or '0'), now)
-  local wait = math.max(0, math.ceil(due + interval - window - now))
-  if wait > ahead then return -(wait - ahead) end
-  redis.call('SET', key, text(due + interval), 'PX', text(math.ceil(due + interval - now + window)))
+  local p, name, now = keys[1], args[1], now_ms()
+  local window, ahead, count = tonumber(args[3]), tonumber(args[4]), tonumber(args[5] or '1')
+  local cost = window / tonumber(args[2]) * count
+  local due = math.max(tonumber(redis.call('GET', p .. ':rate:' .. name) or '0'), now)
+  -- As much as the bucket holds must be there: a thousandth is the rounding of what is stored.
+  local wait = math.max(0, math.ceil(due + cost - window - now - 0.001))
+  if count > 0 and wait > ahead then return -(wait - ahead) end
+  charge(p, name, cost, now)
   return wait
 end
 

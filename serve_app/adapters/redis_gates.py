@@ -2,8 +2,7 @@
 
 from serve_app.adapters.redis_calls import RedisCalls
 from serve_app.adapters.redis_index import partition_key
-from serve_app.core.gates import Gate, partition_of_name
-from serve_app.core.workflow import RateLimit
+from serve_app.core.gates import Gate, Rate, partition_of_name
 from serve_app.ports import GatePlaces
 
 
@@ -20,8 +19,8 @@ class RedisGates:
         inside, waiting, has_result = await self._calls.fcall("ip1_gate_look", key, gate.name)
         return GatePlaces(int(inside), int(waiting), has_result == 1)
 
-    async def take_rate(self, name: str, rate: RateLimit, ahead_max_ms: int) -> int:
+    async def take_rate(self, rate: Rate, count: int, ahead_max_ms: int) -> int:
         """See `ports.FlowStore`."""
-        key = partition_key(partition_of_name(name, self._partition_count))
-        args = (name, rate.requests, rate.window_ms, ahead_max_ms)
+        key = partition_key(partition_of_name(rate.name, self._partition_count))
+        args = (rate.name, rate.count_max, rate.window_ms, ahead_max_ms, count)
         return int(await self._calls.fcall("ip1_rate_take", key, *args))

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from serve_app.core.definition_checks import Checks, CheckSchedule
 from serve_app.core.errors import InvalidWorkflowError, Problem
-from serve_app.core.flow_definition import flow_control
+from serve_app.core.flow_definition import expecting, flow_control
 from serve_app.core.inference import JsonValue
 from serve_app.core.plain_json import PROBLEMS_MAX, plain_document
 from serve_app.core.retry import RetryPolicy
@@ -135,7 +135,7 @@ class _Parsing:
             retry=retry or RetryPolicy(),
             steps=steps,
             document=document,
-            flow=flow,
+            flow=expecting(flow, steps),
             triggers=started_by,
             cancel_on=cancelled_by,
         )

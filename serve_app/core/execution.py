@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import get_args
 
 from serve_app.core.errors import IllegalTransitionError
-from serve_app.core.gates import Gate, Verdict
+from serve_app.core.gates import Gate, TokenShare, Verdict
 from serve_app.core.inference import NO_USAGE, JsonValue, Resumed, Usage
 from serve_app.core.origin import Origin, Refusal
 from serve_app.core.retry import RetryPolicy
@@ -70,6 +70,7 @@ class ExecutionCreated:
         refusal: it ends with this instead of running.
         cancel_on: names of the events that may cancel it; the definition has their conditions.
         hops: how many executions in a row were started by events, up to it.
+        tokens: what it took from its workflow's rate of tokens.
     """
 
     at_ms: int
@@ -94,6 +95,7 @@ class ExecutionCreated:
     refusal: Refusal | None = None
     cancel_on: tuple[str, ...] = ()
     hops: int = 0
+    tokens: TokenShare | None = None
 
     @property
     def deadline_ms(self) -> int | None:

@@ -4,17 +4,26 @@ Owns their form. Does not enforce them. Invariant: a key's expression sees the i
 execution alone, because it is evaluated before any step has run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from serve_app.core.definition_checks import Checks
-from serve_app.core.inference import JsonValue
+from serve_app.core.inference import MAX_TOKENS_DEFAULT, JsonValue
 from serve_app.core.step_graph import Level, Place
 from serve_app.core.template import Loc
-from serve_app.core.workflow import Concurrency, FlowControl, RateLimit
+from serve_app.core.workflow import (
+    GENERATE,
+    Concurrency,
+    FlowControl,
+    RateLimit,
+    Step,
+    every_step,
+)
 
 LIMIT_MAX = 100_000
 CONCURRENCY_KEYS = ("limit", "key", "onLimit")
-RATE_LIMIT_KEYS = ("requests", "window", "key")
+TOKENS_MAX = 10**12
+RATE_LIMIT_KEYS = ("requests", "tokens", "window", "key")
 ON_LIMIT = ("queue", "reject")
 
 
@@ -43,8 +52,31 @@ def _rate_limit(document: Mapping[str, JsonValue], checks: Checks) -> RateLimit 
     if "window" not in found:
         checks.note(("rateLimit", "window"), 'is required: a duration, such as "60s"')
     window_ms = checks.duration(found, "window", ("rateLimit",)) or 1
-    requests = _count(found, "requests", ("rateLimit",), checks)
-    return RateLimit(requests, window_ms, _key(found, ("rateLimit",), checks))
+    at = ("rateLimit",)
+    requests = tokens = None
+    if "requests" in found or "tokens" not in found:
+        requests = _count(found, "requests", at, checks)
+    if "tokens" in found:
+        tokens = _count(found, "tokens", at, checks, TOKENS_MAX)
+    return RateLimit(requests, window_ms, _key(found, at, checks), tokens)
+
+
+def expecting(flow: FlowControl, steps: Sequence[Step]) -> FlowControl:
+    """The flow control, knowing what one execution of these steps may write.
+
+    Each model step counts once, with its `max_tokens`: how often it runs is not known before.
+    """
+    rate = flow.rate_limit
+    if rate is None or rate.tokens is None:
+        return flow
+    settings = [
+        step.setting("max_tokens")
+        for step in every_step(steps)
+        if step.type == GENERATE and not step.blocks
+    ]
+    written = sum(found if type(found) is int else MAX_TOKENS_DEFAULT for found in settings)
+    expected = min(max(1, written), rate.tokens)
+    return replace(flow, rate_limit=replace(rate, tokens_expected=expected))
 
 
 def _cache(document: Mapping[str, JsonValue], checks: Checks) -> int | None:
@@ -73,11 +105,13 @@ def _object(
     return found
 
 
-def _count(found: Mapping[str, JsonValue], key: str, loc: Loc, checks: Checks) -> int:
+def _count(
+    found: Mapping[str, JsonValue], key: str, loc: Loc, checks: Checks, most: int = LIMIT_MAX
+) -> int:
     value = found.get(key)
-    if type(value) is int and 1 <= value <= LIMIT_MAX:
+    if type(value) is int and 1 <= value <= most:
         return value
-    checks.note((*loc, key), f"is required: a number from 1 to {LIMIT_MAX}")
+    checks.note((*loc, key), f"is required: a number from 1 to {most}")
     return 1
 
 

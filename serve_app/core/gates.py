@@ -39,6 +39,37 @@ class Gate:
         return partition_of_name(self.name, partition_count)
 
 
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """At most so many in any window, evenly refilled: starts, or tokens; `name` as of a gate."""
+
+    name: str
+    count_max: int
+    window_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenShare:
+    """What an execution took from a rate of tokens before it ran; persisted.
+
+    Args:
+        name, tokens, window_ms: of the rate.
+        reserved: tokens, for what its model steps may write; given back as its own are counted.
+        at_ms: from when on they count.
+    """
+
+    name: str
+    tokens: int
+    window_ms: int
+    reserved: int
+    at_ms: int
+
+    def left_at(self, now_ms: int) -> int:
+        """Of the reserved tokens, those that have not been refilled since, to the nearest."""
+        passed_ms = min(max(0, now_ms - self.at_ms), self.window_ms)
+        return round(self.reserved * (self.window_ms - passed_ms) / self.window_ms)
+
+
 def gate_name(*parts: str) -> str:
     """The name that the same parts always give."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

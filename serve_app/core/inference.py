@@ -14,6 +14,7 @@ JsonValue: TypeAlias = (
 )
 
 
+MAX_TOKENS_DEFAULT = 512  # of a generate step that names none: an answer, not a whole context
 SESSION_KEY_MAX = 128  # characters; callers make up names of any length
 
 

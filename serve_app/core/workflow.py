@@ -77,11 +77,18 @@ class Concurrency:
 
 @dataclass(frozen=True, slots=True)
 class RateLimit:
-    """At most `requests` starts in any window, for each value of `key` where there is one."""
+    """At most so many starts, and tokens, in any window, for each value of `key` if there is one.
 
-    requests: int
+    Args:
+        requests, tokens: one of them or both.
+        tokens_expected: what the model steps of one execution may write, at most `tokens`.
+    """
+
+    requests: int | None
     window_ms: int
     key: str | None = None
+    tokens: int | None = None
+    tokens_expected: int = 1
 
 
 @dataclass(frozen=True, slots=True)

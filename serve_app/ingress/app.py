@@ -23,6 +23,7 @@ from serve_app.core.errors import (
     InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
+    RateLimitExceededError,
     ServeAppError,
 )
 from serve_app.ingress.auth import Authenticator
@@ -192,6 +193,8 @@ def services_of(connection: HTTPConnection) -> Services:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeAppError), "registered for this class alone"
+    if isinstance(error, RateLimitExceededError) and error.standing is not None:
+        request.state.standing = error.standing  # a workflow's limit refused, not the key's
     return problem_response(error, request.state.request_id)
 
 

@@ -252,6 +252,7 @@ class Executions:
             kept=kept_for_retry(original, workflow, wish.from_step),
             key_id=wish.key_id,
             gates=(),
+            tokens=None,
             refusal=None,
         )
         new_id = self.new_id(workspace, f"retry/{an_execution_id}", wish.idempotency_key)

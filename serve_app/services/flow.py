@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from serve_app.core.errors import InvalidInputError, RateLimitExceededError, StepFailedError
 from serve_app.core.execution import ExecutionCreated
-from serve_app.core.gates import Gate, gate_name
+from serve_app.core.gates import Gate, Rate, TokenShare, gate_name
 from serve_app.core.limits import Standing
 from serve_app.core.workflow import FlowControl
 from serve_app.ports import Clock, Expressions, FlowStore
@@ -68,12 +68,12 @@ class Flow:
             places = await self._store.places(cache)
             # Another one has the result or is making it: no work of its own is to be expected.
             is_shared = places.has_result or places.inside_count > 0
-        start_at_ms = 0
+        start_at_ms, share = 0, None
         if not is_shared:
             if slot is not None:
                 await self._check_slot(slot)
-            start_at_ms = await self._take_rate(created, flow, may_wait=may_wait)
-        return Admitted(replace(created, gates=gates), start_at_ms)
+            start_at_ms, share = await self._take_rates(created, flow, may_wait=may_wait)
+        return Admitted(replace(created, gates=gates, tokens=share), start_at_ms)
 
     async def _check_slot(self, slot: Gate) -> None:
         places = await self._store.places(slot)
@@ -90,28 +90,42 @@ class Flow:
                 f"{slot.limit} executions of this workflow run already", standing
             )
 
-    async def _take_rate(
+    async def _take_rates(
         self, created: ExecutionCreated, flow: FlowControl, *, may_wait: bool
-    ) -> int:
-        rate = flow.rate_limit
-        if rate is None:
-            return 0
-        key = self._key(rate.key, created, "rateLimit")
-        name = gate_name(created.workspace, created.workflow_id, "rate", key)
+    ) -> tuple[int, TokenShare | None]:
+        """Take from the rates there are, or from none; when it may start (Unix epoch, 0: now)."""
+        limit = flow.rate_limit
+        if limit is None:
+            return 0, None
+        key = self._key(limit.key, created, "rateLimit")
+        place = (created.workspace, created.workflow_id)
         ahead_max_ms = self._limits.ahead_max_ms if may_wait else 0
-        wait_ms = await self._store.take_rate(name, rate, ahead_max_ms)
-        if wait_ms < 0:
-            standing = Standing(
-                is_allowed=False,
-                kind="requests",
-                count_max=rate.requests,
-                remaining=0,
-                reset_ms=-wait_ms,
+        wait_ms = tokens_ms = 0
+        spending: Rate | None = None
+        if limit.tokens is not None:
+            spending = Rate(gate_name(*place, "tokens", key), limit.tokens, limit.window_ms)
+            tokens_ms = await self._store.take_rate(spending, limit.tokens_expected, ahead_max_ms)
+            if tokens_ms < 0:
+                raise _too_fast("spends", spending, "tokens", -tokens_ms)
+        if limit.requests is not None:
+            starts = Rate(gate_name(*place, "rate", key), limit.requests, limit.window_ms)
+            wait_ms = await self._store.take_rate(starts, 1, ahead_max_ms)
+            if wait_ms < 0:
+                if spending is not None:
+                    await self._store.take_rate(spending, -limit.tokens_expected, 0)
+                raise _too_fast("starts", starts, "requests", -wait_ms)
+        wait_ms = max(wait_ms, tokens_ms)
+        now_ms = self._clock.now_ms()
+        share = None
+        if spending is not None:
+            share = TokenShare(
+                spending.name,
+                spending.count_max,
+                spending.window_ms,
+                limit.tokens_expected,
+                now_ms + wait_ms,
             )
-            raise RateLimitExceededError(
-                f"this workflow starts {rate.requests} times in {rate.window_ms} ms", standing
-            )
-        return self._clock.now_ms() + wait_ms if wait_ms else 0
+        return (now_ms + wait_ms if wait_ms else 0), share
 
     def _cache(self, created: ExecutionCreated, flow: FlowControl) -> Gate | None:
         if flow.cache_ttl_ms is None:
@@ -149,3 +163,13 @@ class Flow:
         except StepFailedError as error:
             raise InvalidInputError(f"the workflow's {setting}.key: {error}") from error
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _too_fast(does: str, rate: Rate, kind: str, reset_ms: int) -> RateLimitExceededError:
+    standing = Standing(
+        is_allowed=False, kind=kind, count_max=rate.count_max, remaining=0, reset_ms=reset_ms
+    )
+    unit = "tokens" if kind == "tokens" else "times"
+    return RateLimitExceededError(
+        f"this workflow {does} {rate.count_max} {unit} in {rate.window_ms} ms", standing
+    )

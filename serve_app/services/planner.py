@@ -32,6 +32,7 @@ from serve_app.core.execution import (
     StepWaiting,
 )
 from serve_app.core.failures import StepErrored
+from serve_app.core.gate_messages import spent
 from serve_app.core.inference import Usage
 from serve_app.core.journal import Outgoing
 from serve_app.core.scope import scope_of
@@ -150,6 +151,7 @@ class Planner:
         partition_count = self._partition_count
         plan.outgoing += cancels(plan.after, plan.events, partition_count)
         plan.outgoing += at_commit(plan.after, plan.events, partition_count)
+        plan.outgoing += spent(plan.after, plan.events, partition_count)
         if plan.after.is_terminal:
             plan.outgoing += end(plan.after, partition_count)
         return plan

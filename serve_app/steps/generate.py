@@ -15,14 +15,19 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.core.errors import Problem, StepFailedError
-from serve_app.core.inference import Chunk, FinishReason, GenerationRequest, JsonValue, Message
+from serve_app.core.inference import (
+    MAX_TOKENS_DEFAULT,
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    JsonValue,
+    Message,
+)
 from serve_app.core.template import expressions_in
 from serve_app.core.tool_text import grammar_of, is_call, messages_of, read_call
 from serve_app.core.tools import CONTENT, PROBLEM, TEXT, TOOL_CALL, Turn
 from serve_app.ports import Entropy, Schemas, StepCall, StepType
 from serve_app.services.inference import Inference
-
-MAX_TOKENS_DEFAULT = 512  # of a step that names none: an answer, not a whole context
 
 
 class _Turn(BaseModel):

@@ -1,26 +1,29 @@
-"""The example of docs/flow-control.md is a definition, and says what the page says."""
+"""The examples of docs/flow-control.md are definitions, and say what the page says."""
 
+import re
 from pathlib import Path
 
 import yaml
 
-from serve_app.adapters.cel_expressions import CelExpressions
-from serve_app.adapters.json_schema import JsonSchemas
-from serve_app.core.definition import parse_workflow
-from serve_app.core.workflow import Concurrency, FlowControl, RateLimit
-from serve_app.steps.transform import TRANSFORM
+from serve_app.core.workflow import NO_FLOW_CONTROL, Concurrency, FlowControl, RateLimit
+from tests.support.definitions import parsed
 
-PAGE = Path(__file__).parents[2] / "docs" / "flow-control.md"
+PAGE = (Path(__file__).parents[2] / "docs" / "flow-control.md").read_text()
+EXPECTED = {
+    "reports": FlowControl(Concurrency(2, "input.userId")),
+    "nightly-digest": FlowControl(Concurrency(1, is_rejecting=True)),
+    "lookups": FlowControl(rate_limit=RateLimit(2, 60_000, "input.customer")),
+    "summaries": FlowControl(rate_limit=RateLimit(None, 60_000, None, 2000, 500)),
+    "tickets": FlowControl(Concurrency(1)),
+    "imports": NO_FLOW_CONTROL,
+    "definitions": FlowControl(cache_ttl_ms=300_000),
+}
 
 
-def test_the_example_of_the_page_is_a_definition() -> None:
-    example = PAGE.read_text().split("```yaml\n")[1].split("```")[0]
-    workflow = parse_workflow(
-        yaml.safe_load(example),
-        check_expression=CelExpressions().check,
-        check_schema=JsonSchemas().check,
-        step_checks={"transform": TRANSFORM.check},
-    )
-    assert workflow.flow == FlowControl(
-        Concurrency(10, "input.userId"), RateLimit(100, 60_000), 300_000
-    )
+def test_the_examples_of_the_page_are_definitions() -> None:
+    documents = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    found = {}
+    for document in documents:
+        steps = yaml.dump(document.pop("steps"))
+        found[document.pop("id")] = parsed(steps, **document).flow
+    assert found == EXPECTED
