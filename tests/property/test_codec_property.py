@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from serve_app.adapters.event_codec import decode_event, decode_stored, encode_event
 from serve_app.core.execution import KINDS, Event, ExecutionCreated, Wait, WaitKind
-from serve_app.core.gates import Gate, Verdict
+from serve_app.core.gates import Gate, TokenShare, Verdict
 from serve_app.core.inference import Resumed, Usage
 from serve_app.core.journal import StoredEvent
 from serve_app.core.origin import Origin, Refusal
@@ -67,6 +67,7 @@ MEMBERS: dict[str, st.SearchStrategy[object]] = {
     "refusal": st.none() | st.builds(Refusal, texts, texts),
     "cancel_on": st.lists(texts, max_size=2).map(tuple),
     "hops": counts,
+    "tokens": st.none() | st.builds(TokenShare, texts, counts, counts, counts, times),
     "value": json_values,
     "token_ids": st.lists(counts, max_size=5).map(tuple),
 }
