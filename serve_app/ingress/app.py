@@ -8,16 +8,13 @@ import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import signature
 from typing import TypeVar
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
-from starlette.routing import request_response
 
 from serve_app.core.errors import (
     InvalidRequestError,
@@ -151,7 +148,6 @@ def create_app(services: Services) -> FastAPI:
         events,
     ):
         app.include_router(routes.router)
-    _call_directly(app)
     app.add_exception_handler(ServeAppError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     if services.settings.cors_origins:
@@ -170,19 +166,6 @@ def create_app(services: Services) -> FastAPI:
         is_behind_serve=services.is_behind_serve,
     )
     return app
-
-
-def _call_directly(app: FastAPI) -> None:
-    """Leave FastAPI's solving of dependencies out of the way of routes that take the request alone.
-
-    It finds nothing to solve there and costs a twelfth of an execution; the document of the API is
-    made from the routes and stays as it is.
-    """
-    for route in app.routes:
-        if isinstance(route, APIRoute) and list(signature(route.endpoint).parameters) == [
-            "request"
-        ]:
-            route.app = request_response(route.endpoint)
 
 
 def services_of(connection: HTTPConnection) -> Services:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,6 +26,7 @@ from serve_app.core.errors import InvalidRequestError, Problem, ServeAppError
 from serve_app.ingress.answers import ERRORS
 from serve_app.ingress.app import services_of
 from serve_app.ingress.bodies import read_json, validate
+from serve_app.ingress.direct_route import DirectRoute
 from serve_app.ingress.errors import STATUS, error_headers, problem_body
 from serve_app.ingress.idempotency import answer_once
 from serve_app.ingress.openapi import IDEMPOTENCY_KEY, described
@@ -37,7 +37,7 @@ SEED_MAX = 255
 TS_MAX = 253_402_300_800_000  # ms, the year 10000: RFC 3339 has no later one
 
 
-class _EventRoute(APIRoute):
+class _EventRoute(DirectRoute):
     """A route whose refusals say `error` too."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

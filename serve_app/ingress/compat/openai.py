@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -27,6 +26,7 @@ from serve_app.core.usage import Spending, Waste
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import parse_json, read_body
+from serve_app.ingress.direct_route import DirectRoute
 from serve_app.ingress.errors import STATUS, error_headers
 from serve_app.ingress.openapi import described
 from serve_app.ports import OpenAiAnswer, OpenAiCall, OpenAiModel, OpenAiServing
@@ -49,7 +49,7 @@ _OPENAI_TYPE: Mapping[int, str] = MappingProxyType(
 )
 
 
-class _OpenAiRoute(APIRoute):
+class _OpenAiRoute(DirectRoute):
     """A route whose refusals have OpenAI's shape."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -37,6 +37,7 @@ from serve_app.core.retry import Backoff, RetryPolicy
 from serve_app.ingress.answers import ERRORS, json_response
 from serve_app.ingress.app import Services, services_of
 from serve_app.ingress.bodies import read_json, validate
+from serve_app.ingress.direct_route import DirectRoute
 from serve_app.ingress.idempotency import body_hash, idempotency_key
 from serve_app.ingress.openapi import IDEMPOTENCY_KEY, LAST_EVENT_ID, SSE, described
 from serve_app.ingress.queries import whole_number
@@ -51,7 +52,7 @@ from serve_app.ports import ListQuery
 from serve_app.services.executions import RetryWish, Started, Submission
 from serve_app.services.feeds import Feed
 
-router = APIRouter(prefix="/v1", tags=["executions"])
+router = APIRouter(prefix="/v1", tags=["executions"], route_class=DirectRoute)
 
 LIST_DEFAULT = 50
 LIST_MAX = 200
