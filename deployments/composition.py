@@ -131,6 +131,7 @@ def _openai(
             one.tool_parser,
             one.reasoning_parser,
             created_s=clock.now_ms() // 1000,
+            runner=one.model_runner,
         )
         for one in settings.of_each_model()
     )

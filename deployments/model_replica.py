@@ -64,7 +64,7 @@ class ModelReplica:
             engine_settings = _engine_settings(settings, cores)
             engine = VllmEngine.start(engine_settings, self._clock, measures.step_ended)
             announce_start(store, self._report("starting", "making the first tokens"))
-            await sing(engine)
+            await sing(engine, is_embedding=engine.is_embedding)
         except Exception as error:
             detail = f"{_last_lines(log_path)}\n{type(error).__name__}: {error}".strip()
             announce_start(store, self._report("failed", detail))
@@ -168,6 +168,7 @@ def _engine_settings(settings: Settings, cores: tuple[int, ...]) -> EngineSettin
         model_path=settings.model,
         served_names=settings.model_names,
         reasoning_parser=settings.reasoning_parser,
+        runner=settings.model_runner,
         context_max=settings.context_max,
         kv_cache_gib=settings.kv_cache_gib,
         enforce_eager=settings.engine_eager,

@@ -207,6 +207,7 @@ class OpenAiModel:
         tool_parser, reasoning_parser: how its tool calls and its reasoning are written, under
             vLLM's names; empty: it has none.
         created_s: since when it is served, Unix epoch.
+        runner: what it is for, under vLLM's names.
     """
 
     path: str
@@ -215,6 +216,7 @@ class OpenAiModel:
     tool_parser: str = ""
     reasoning_parser: str = ""
     created_s: int = 0
+    runner: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +264,8 @@ class OpenAiServing(Protocol):
         """Answer one call; cancelling it aborts what it began.
 
         Args:
-            kind: the path under `/v1/`: `chat/completions`, `completions` or `responses`.
+            kind: the path under `/v1/`: `chat/completions`, `completions`, `responses` or
+                `embeddings`.
             body: the parsed JSON.
             call: see there.
 

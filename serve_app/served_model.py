@@ -18,6 +18,7 @@ class ServedModel(BaseModel):
     path: str = ""
     aliases: tuple[str, ...] = ()
     replicas: int = Field(1, ge=1)
+    model_runner: Literal["auto", "generate", "pooling"] | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
     context_max: int | None = Field(None, ge=0)
     kv_cache_gib: float | None = Field(None, gt=0)

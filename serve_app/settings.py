@@ -273,6 +273,11 @@ class Settings(BaseSettings):
         "`replicas` and engine settings of their own ([models.md](models.md)); as JSON in the "
         "environment. None: the one of the three settings above.",
     )
+    model_runner: Literal["auto", "generate", "pooling"] = Field(
+        "auto",
+        description="What the model is for, under vLLM's names: to `generate` text, or `pooling`, "
+        "which gives embeddings; auto: what vLLM takes it for.",
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="What vLLM runs on.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights.")
     context_max: int = Field(

@@ -236,7 +236,8 @@ def answer_chunk(stream_id: int, chunk: Chunk) -> Item:
         counts = [usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens]
         item = [Answer.END, *item[1:], chunk.finish_reason.value, counts]
     if (details := chunk.details) is not None:
-        item.append([details.logprobs, details.prompt_logprobs, details.stop_reason])
+        extra = [details.embedding] if details.embedding else []
+        item.append([details.logprobs, details.prompt_logprobs, details.stop_reason, *extra])
     return item
 
 
@@ -320,8 +321,9 @@ def read_chunk(item: Item) -> Chunk:
 
 
 def _read_details(item: Item) -> ChunkDetails:
-    logprobs, prompt_logprobs, stop_reason = item
-    return ChunkDetails(_read_scores(logprobs), _read_scores(prompt_logprobs), stop_reason)
+    logprobs, prompt_logprobs, stop_reason, *embedding = item
+    scores = _read_scores(logprobs), _read_scores(prompt_logprobs)
+    return ChunkDetails(*scores, stop_reason, *map(bytes, embedding))
 
 
 def _read_scores(places: list[list[Item]]) -> tuple[tuple[TokenScore, ...], ...]:

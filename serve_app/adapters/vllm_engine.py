@@ -58,6 +58,7 @@ class EngineSettings:
             because one step of a long prefill is no illness.
         structured_backend: the grammar engine for `output_schema`.
         reasoning_parser: how the model writes its reasoning, which grammars let pass.
+        runner: `generate`, `pooling` for embeddings, or `auto`.
     """
 
     model_path: str
@@ -73,6 +74,7 @@ class EngineSettings:
     stall_after_s: float = 60.0
     structured_backend: Literal["guidance", "xgrammar"] = "guidance"
     reasoning_parser: str = ""
+    runner: Literal["auto", "generate", "pooling"] = "auto"
 
 
 def _ignore(_: object) -> None:
@@ -133,6 +135,11 @@ class VllmEngine:
         _drop_front_statistics(llm)
         engine = cls(llm, vllm, settings, clock)
         return engine
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether its model gives embeddings, and no text."""
+        return self._prompts.is_pooling
 
     def submit(self, request: GenerationRequest, emit: Emit) -> None:
         """Start a generation and return at once; see `ports.InferenceEngine`.
@@ -295,6 +302,7 @@ class VllmEngine:
 def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": settings.model_path,
+        "runner": settings.runner,
         "served_model_name": list(settings.served_names),
         "reasoning_parser": settings.reasoning_parser,
         "max_model_len": settings.context_max or None,

@@ -64,6 +64,9 @@ class Generation:
         if isinstance(output, Exception):
             self.end(ConnectionFailedError("the engine died"))
             return
+        if self.request.is_embedding:
+            self._embed(output)
+            return
         completion = output.outputs[0]
         self._held_ids += completion.token_ids
         self.token_count += len(completion.token_ids)
@@ -98,6 +101,19 @@ class Generation:
             return rest
         prompt_tokens = self._prompt_token_count or len(self.request.prompt_token_ids)
         return rest + (prompt_tokens or chars_of(self.request) // CHARS_PER_TOKEN)
+
+    def _embed(self, output: Any) -> None:
+        """Take a pooling model's only output; an aborted one is empty."""
+        self._cached_token_count = output.num_cached_tokens or 0
+        data = output.outputs.data
+        if output.error is not None:
+            self.end(ConnectionFailedError("the engine gave this request up"))
+        elif not data.numel():
+            self.end_as_stopped("", ())
+        else:
+            embedding = data.float().numpy().astype("<f4").tobytes()
+            details = ChunkDetails(embedding=embedding)
+            self._last(Chunk("", (), FinishReason.STOP, self._usage(), details))
 
     def _finish(self, reason: str, text: str) -> None:
         token_ids = tuple(self._held_ids)

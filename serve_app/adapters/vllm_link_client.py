@@ -15,19 +15,21 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm import SamplingParams
+import torch
+from vllm import PoolingParams, SamplingParams
 from vllm.config import VllmConfig
 from vllm.exceptions import GenerationError
 from vllm.logprobs import Logprob
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import CompletionOutput, PoolingOutput, PoolingRequestOutput, RequestOutput
 from vllm.renderers import renderer_from_config
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine.input_processor import InputProcessor
 
 from serve_app.adapters.vllm_sampling import SamplingOptions
-from serve_app.core.errors import InvalidPromptError, ServeAppError
+from serve_app.core.errors import ConnectionFailedError, InvalidPromptError, ServeAppError
 from serve_app.core.inference import (
+    EMBEDDING,
     NO_USAGE,
     Chunk,
     FinishReason,
@@ -134,6 +136,36 @@ class LinkEngineClient:
             # vLLM makes a stream's last event of it, and does not log it as its own failure.
             raise GenerationError(str(error)) from error
 
+    async def encode(
+        self, prompt: Any, pooling_params: PoolingParams, request_id: str, **given: Any
+    ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
+        """Yield the embedding of one prompt. Raises as `generate`."""
+        state = CALL.get()
+        options = {
+            name: value
+            for name in ("dimensions", "use_activation")
+            if (value := getattr(pooling_params, name)) is not None
+        }
+        request = replace(
+            self._request(prompt, given, state.call),
+            max_tokens=1,
+            engine_options={EMBEDDING: options},
+        )
+        try:
+            async with aclosing(self._chunks([request], state)) as chunks:
+                *_, chunk = [Chunk(""), *[chunk async for _, chunk in chunks]]
+            if chunk.details is None or not chunk.details.embedding:
+                raise ConnectionFailedError("the engine gave no embedding")
+        except ServeAppError as error:
+            state.error = error
+            raise GenerationError(str(error)) from error
+        data = torch.frombuffer(bytearray(chunk.details.embedding), dtype=torch.float32)
+        token_ids = list(request.prompt_token_ids)
+        cached = 0 if chunk.usage is None else chunk.usage.cached_tokens
+        yield PoolingRequestOutput(
+            request_id, PoolingOutput(data=data), token_ids, cached, finished=True
+        )
+
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Nothing to do: whoever stops iterating has aborted."""
 
@@ -158,30 +190,20 @@ class LinkEngineClient:
         call: OpenAiCall,
     ) -> list[GenerationRequest]:
         """One for each of the `n` answers, seeded as vLLM seeds them."""
-        if prompt.get("type") != "token":
-            raise InvalidPromptError("this model takes text alone")
         options: dict[str, JsonValue] = self._options.of(params)
         for name in ("reasoning_ended", "reasoning_parser_kwargs"):
             if given.get(name) is not None:
                 options[name] = given[name]
         if prompt.get("cache_salt") is not None:
             options["cache_salt"] = prompt["cache_salt"]
-        first = GenerationRequest(
-            # Not the caller's id: two calls may carry the same one.
-            request_id=self._entropy.token(),
-            messages=(),
-            model=self._model,
+        first = replace(
+            self._request(prompt, given, call),
             max_tokens=params.max_tokens,
             temperature=params.temperature,
             top_p=params.top_p,
             stop=tuple(params.stop or ()),
             seed=params.seed,
-            deadline_ms=call.deadline_ms,
-            priority=given.get("priority", 0),
-            prompt_token_ids=tuple(prompt["prompt_token_ids"]),
             engine_options=options,
-            tenant=call.tenant,
-            session=given.get("session_id") or call.session,
         )
         others = [
             replace(
@@ -192,6 +214,22 @@ class LinkEngineClient:
             for index in range(1, params.n)
         ]
         return [first, *others]
+
+    def _request(self, prompt: Any, given: dict[str, Any], call: OpenAiCall) -> GenerationRequest:
+        """What a prompt and its call say, before any parameters."""
+        if prompt.get("type") != "token":
+            raise InvalidPromptError("this model takes text alone")
+        return GenerationRequest(
+            # Not the caller's id: two calls may carry the same one.
+            request_id=self._entropy.token(),
+            messages=(),
+            model=self._model,
+            deadline_ms=call.deadline_ms,
+            priority=given.get("priority", 0),
+            prompt_token_ids=tuple(prompt["prompt_token_ids"]),
+            tenant=call.tenant,
+            session=given.get("session_id") or call.session,
+        )
 
 
 class _Outputs:

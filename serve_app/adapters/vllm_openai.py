@@ -1,15 +1,15 @@
 """OpenAI's API by vLLM's own serving classes: validation, templates, tools, reasoning, answers.
 
-Owns one `ServedModel` per model: its configuration and tokenizer in this process, and vLLM's chat,
-completions and responses handlers over a `LinkEngineClient`. Knows nothing of HTTP but statuses.
-Invariant: an error before the first byte is raised or answered with its status; none becomes an
-event in a stream that began well.
+Owns one `VllmOpenAi` per model: its configuration and tokenizer in this process, and vLLM's chat,
+completions and responses handlers over a `LinkEngineClient`, or that of embeddings. Knows nothing
+of HTTP but statuses. Invariant: an error before the first byte is raised or answered with its
+status; none becomes an event in a stream that began well.
 
 Imports vLLM: 6 s and 0.5 GB, so `vllm_openai_lazy` imports this in a thread.
 """
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -30,8 +30,9 @@ from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from serve_app.adapters.vllm_link_client import CALL, CallState, LinkEngineClient
+from serve_app.adapters.vllm_openai_embeddings import KIND, embedder, parse_embedding
 from serve_app.adapters.vllm_openai_plain import PlainChat, PlainCompletion
-from serve_app.core.errors import ServeAppError
+from serve_app.core.errors import ModelNotAvailableError, ServeAppError
 from serve_app.ports import Entropy, Generate, OpenAiAnswer, OpenAiCall, OpenAiModel
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,11 @@ class VllmOpenAi:
         self.context_max: int = client.model_config.max_model_len
         paths = [BaseModelPath(name=name, model_path=name) for name in model.names]
         models = OpenAIServingModels(engine, paths)
+        self._name = model.names[0]
+        self._kinds: dict[str, tuple[Callable[[object], Any], Callable[[Any], Any]]]
+        if client.model_config.runner_type == "pooling":
+            self._kinds = {KIND: (parse_embedding, embedder(engine, models))}
+            return
         shared: dict[str, Any] = {
             "request_logger": None,
             "chat_template": None,
@@ -81,20 +87,24 @@ class VllmOpenAi:
             enable_prompt_tokens_details=True,
         )
         self._responses = OpenAIServingResponses(engine, models, renderer, **shared, **parsers)
-        self._kinds: dict[str, tuple[type[BaseModel], Any]] = {
-            "chat/completions": (ChatCompletionRequest, self._complete_chat),
-            "completions": (CompletionRequest, self._completion.create_completion),
-            "responses": (ResponsesRequest, self._responses.create_responses),
+        self._kinds = {
+            "chat/completions": (ChatCompletionRequest.model_validate, self._complete_chat),
+            "completions": (CompletionRequest.model_validate, self._completion.create_completion),
+            "responses": (ResponsesRequest.model_validate, self._responses.create_responses),
         }
 
     async def answer(self, kind: str, body: object, call: OpenAiCall) -> OpenAiAnswer:
         """See `ports.OpenAiServing.answer`."""
-        request_type, handle = self._kinds[kind]
+        if kind not in self._kinds:
+            known = ", ".join(self._kinds)
+            refusal = f"the model `{self._name}` does not offer {kind}; it offers {known}"
+            raise ModelNotAvailableError(refusal)
+        parse, handle = self._kinds[kind]
         state = CallState(call)
         CALL.set(state)
         answer = None
         try:
-            request: Any = request_type.model_validate(body)
+            request = parse(body)
             if kind != "responses":  # whose ids have a form of their own
                 request.request_id = call.request_id
             answer = await _answer(await handle(request), state)
@@ -125,6 +135,8 @@ async def _answer(made: Any, state: CallState) -> OpenAiAnswer:
         if state.error is not None:
             raise state.error
         return _refusal(made)
+    if isinstance(made, OpenAiAnswer):
+        return made
     if isinstance(made, BaseModel):
         return OpenAiAnswer(200, _marked(made.model_dump_json(by_alias=True).encode(), b"{", state))
     events = _encoded(made)
@@ -192,6 +204,7 @@ def _config(model: OpenAiModel) -> VllmConfig:
         model=model.path,
         served_model_name=list(model.names),
         reasoning_parser=model.reasoning_parser,
+        runner=cast("Any", model.runner),
         language_model_only=True,  # no image is fetched for anyone
         **limit,
     )

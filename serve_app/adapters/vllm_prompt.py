@@ -6,15 +6,16 @@ its own.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from serve_app.adapters.vllm_sampling import ENGINE_LEVEL, sampling_arguments
 from serve_app.core.errors import InvalidPromptError, ModelNotAvailableError
-from serve_app.core.inference import GenerationRequest
+from serve_app.core.inference import EMBEDDING, GenerationRequest
 
 RESUME_IDS = "inferpipe_resume_ids"  # in `SamplingParams.extra_args`; vllm_scheduler reads it
 TASKS = ("generate",)  # what the engine is asked for; process_inputs wants to be told
+EMBED = "embed"
 
 
 class PromptMaker:
@@ -31,6 +32,7 @@ class PromptMaker:
         self._served_names = served_names
         self._vllm = vllm
         self.context_max: int = llm.model_config.max_model_len
+        self.is_pooling: bool = llm.model_config.runner_type == "pooling"
         self._chars_max = self.context_max * int(llm.get_tokenizer().max_chars_per_token)
 
     def check(self, request: GenerationRequest) -> None:
@@ -43,11 +45,15 @@ class PromptMaker:
         if request.model and request.model not in self._served_names:
             names = ", ".join(self._served_names)
             raise ModelNotAvailableError(f"no model {request.model!r} here; available: {names}")
+        if request.is_embedding is not self.is_pooling:
+            gives, asked = ("embeddings", "text") if self.is_pooling else ("text", "embeddings")
+            name = request.model or self._served_names[0]
+            raise ModelNotAvailableError(f"the model {name} gives {gives}, not {asked}")
         for name, number in (("seed", request.seed or 0), ("priority", request.priority)):
             # Found out later, the number would break the message to the engine's process.
             if not -(2**63) <= number < 2**63:
                 raise InvalidPromptError(f"{name} must fit into 64 bits")
-        if len(request.prompt_token_ids) >= self.context_max:
+        if len(request.prompt_token_ids) >= self.context_max + self.is_pooling:
             raise InvalidPromptError(self._too_long(len(request.prompt_token_ids)))
         size = chars_of(request)
         if size == 0 and not request.prompt_token_ids:
@@ -68,7 +74,7 @@ class PromptMaker:
         """
         token_ids = list(request.prompt_token_ids) or self._token_ids(request, tokenizer)
         room = self.context_max - len(token_ids)
-        if room < 1 + len(request.resume_ids):
+        if room < (0 if self.is_pooling else 1 + len(request.resume_ids)):
             raise InvalidPromptError(self._too_long(len(token_ids)))
         options = request.engine_options
         try:
@@ -76,8 +82,8 @@ class PromptMaker:
             made = self._inputs.process_inputs(
                 request.request_id,
                 prompt,
-                self._sampling(request, room),
-                supported_tasks=TASKS,
+                self._pooling(request) if self.is_pooling else self._sampling(request, room),
+                supported_tasks=(EMBED,) if self.is_pooling else TASKS,
                 priority=request.priority,
             )
         # vLLM raises both its own class and plain ValueErrors for what it refuses.
@@ -111,6 +117,9 @@ class PromptMaker:
         )
 
     def _token_ids(self, request: GenerationRequest, tokenizer: Any) -> list[int]:
+        if self.is_pooling:
+            text = "\n".join(message.content for message in request.messages)
+            return list(tokenizer.encode(text))
         messages = [
             {"role": message.role, "content": message.content} for message in request.messages
         ]
@@ -124,6 +133,13 @@ class PromptMaker:
                 f"the model's chat template refuses the messages: {error}"
             ) from error
         return token_ids
+
+    def _pooling(self, request: GenerationRequest) -> Any:
+        given = request.engine_options[EMBEDDING]
+        assert isinstance(given, Mapping), "see `GenerationRequest`"
+        params = self._vllm.PoolingParams(task=EMBED, **given)
+        params.verify(self._inputs.model_config)
+        return params
 
     def _sampling(self, request: GenerationRequest, room: int) -> Any:
         classes = self._vllm.sampling_params

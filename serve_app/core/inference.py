@@ -15,6 +15,7 @@ JsonValue: TypeAlias = (
 
 
 MAX_TOKENS_DEFAULT = 512  # of a generate step that names none: an answer, not a whole context
+EMBEDDING = "embedding"  # in `engine_options`
 SESSION_KEY_MAX = 128  # characters; callers make up names of any length
 
 
@@ -89,7 +90,8 @@ class GenerationRequest:
         prompt_token_ids: the prompt as tokens of the model; then `messages` is empty.
         engine_options: further sampling parameters under vLLM's names, and how the engine takes
             the request (`cache_salt`, `reasoning_ended`, `reasoning_parser_kwargs`). An empty
-            mapping asks for nothing but text.
+            mapping asks for nothing but text. With `EMBEDDING`, a mapping of pooling parameters,
+            an embedding of the prompt is asked for, and no text.
         tenant: whose work it is (a workspace, or one of its users), for fair shares and budgets.
         resume_ids: tokens of the answer that were made elsewhere: the engine goes on behind them,
             and neither repeats them nor their text.
@@ -114,6 +116,11 @@ class GenerationRequest:
     engine_options: Mapping[str, JsonValue] = field(default_factory=dict)
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether an embedding of the prompt is asked for."""
+        return EMBEDDING in self.engine_options
+
+    @property
     def session_key(self) -> str:
         """What the routers know the session by: the tenant's own, and bounded; empty: none."""
         return f"{self.tenant}/{self.session}"[:SESSION_KEY_MAX] if self.session else ""
@@ -131,17 +138,21 @@ class ChunkDetails:
             sampled one first; empty where nobody asked.
         prompt_logprobs: likewise for each prompt token (the first has none), on the first chunk.
         stop_reason: the stop string or the stop token that ended the answer, on the last chunk.
+        embedding: of the prompt, float32 in little-endian order, on the only chunk; empty where
+            text was asked for.
     """
 
     logprobs: tuple[tuple[TokenScore, ...], ...] = ()
     prompt_logprobs: tuple[tuple[TokenScore, ...], ...] = ()
     stop_reason: int | str | None = None
+    embedding: bytes = b""
 
     def __add__(self, later: "ChunkDetails") -> "ChunkDetails":
         return ChunkDetails(
             self.logprobs + later.logprobs,
             self.prompt_logprobs + later.prompt_logprobs,
             later.stop_reason,
+            later.embedding,
         )
 
 

@@ -8,15 +8,15 @@ after a whole answer has come, and raises within `TIMEOUT_S`.
 import asyncio
 
 from serve_app.core.errors import ConnectionFailedError
-from serve_app.core.inference import Chunk, GenerationRequest, Message
+from serve_app.core.inference import EMBEDDING, Chunk, GenerationRequest, Message
 from serve_app.ports import InferenceEngine
 
 TIMEOUT_S = 120.0  # the first step may compile
 TOKENS = 2  # the first comes from prefill, the second from decoding
 
 
-async def sing(engine: InferenceEngine) -> int:
-    """Have the engine make a few tokens; how many it made.
+async def sing(engine: InferenceEngine, *, is_embedding: bool = False) -> int:
+    """Have the engine make a few tokens, or an embedding; how many tokens it made.
 
     Raises:
         ConnectionFailedError: nothing came in time.
@@ -37,7 +37,11 @@ async def sing(engine: InferenceEngine) -> int:
             done.set_result(token_count)
 
     request = GenerationRequest(
-        "canary", (Message("user", "Say hello."),), max_tokens=TOKENS, temperature=0.0
+        "canary",
+        (Message("user", "Say hello."),),
+        max_tokens=TOKENS,
+        temperature=0.0,
+        engine_options={EMBEDDING: {}} if is_embedding else {},
     )
     engine.submit(request, emit)
     try:

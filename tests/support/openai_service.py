@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -54,6 +55,7 @@ class OpenAiService:
     url: str
     engine: VllmEngine
     admission: OneReplica
+    model_path: Path = Path()
 
     def break_links(self) -> None:
         """As if the network had cut every connection to the replica."""
@@ -68,11 +70,14 @@ class OpenAiService:
 
 
 @asynccontextmanager
-async def running_openai(redis_url: str, path: Path) -> AsyncIterator[OpenAiService]:
+async def running_openai(
+    redis_url: str, path: Path, *, is_embedding: bool = False
+) -> AsyncIterator[OpenAiService]:
     clock, entropy = SystemClock(), SystemEntropy()
-    model = make_tiny_model(path / "model", context_max=CONTEXT)
+    model = make_tiny_model(path / "model", context_max=CONTEXT, is_embedding=is_embedding)
+    runner: Any = "pooling" if is_embedding else "auto"
     engine = VllmEngine.start(
-        EngineSettings(str(model), NAMES, kv_cache_gib=0.25, dtype="float32"), clock
+        EngineSettings(str(model), NAMES, kv_cache_gib=0.25, dtype="float32", runner=runner), clock
     )
     server = TokenLinkServer(engine, SECRET.encode(), "replica-1", clock, entropy)
     await server.start()
@@ -84,6 +89,7 @@ async def running_openai(redis_url: str, path: Path) -> AsyncIterator[OpenAiServ
         cluster_secret=SECRET,  # type: ignore[arg-type]
         model=str(model),
         model_name=",".join(NAMES),
+        model_runner=runner,
         partitions=4,
     )
     stores = connect(settings, clock)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 END = "<|im_end|>"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", END, "<|pad|>")
@@ -21,10 +21,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(path: Path, context_max: int = 512, seed: int = 20261121) -> Path:
+def make_tiny_model(
+    path: Path, context_max: int = 512, seed: int = 20261121, *, is_embedding: bool = False
+) -> Path:
     """Write config, weights and tokenizer into `path`, which is created; return it.
 
-    Another seed makes another model.
+    Another seed makes another model. An embedding model is the same without its head.
     """
     path.mkdir(parents=True, exist_ok=True)
     write_tokenizer(path)
@@ -42,7 +44,7 @@ def make_tiny_model(path: Path, context_max: int = 512, seed: int = 20261121) ->
         eos_token_id=2,
         pad_token_id=3,
     )
-    model: Any = LlamaForCausalLM(config)
+    model: Any = (LlamaModel if is_embedding else LlamaForCausalLM)(config)
     model.to(torch.float32).save_pretrained(path)
     return path
 

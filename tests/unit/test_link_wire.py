@@ -138,6 +138,7 @@ def test_start_of_another_layout_is_refused(item: list[object]) -> None:
         Chunk("", (), FinishReason.CANCELLED, Usage()),
         Chunk("a", (1,), details=ChunkDetails((((1, -0.5, 1, "a"), (2, -1.0, 2, None)),))),
         Chunk("", (), FinishReason.STOP, Usage(), ChunkDetails((), ((), ((1, 0.0, 1, "x"),)), "z")),
+        Chunk("", (), FinishReason.STOP, Usage(), ChunkDetails(embedding=b"\x00\x00\x80\xff")),
     ],
 )
 def test_chunk_comes_back_as_it_went(chunk: Chunk) -> None:

@@ -1,4 +1,4 @@
-"""OpenAI's API: chat completions, completions, responses, models.
+"""OpenAI's API: chat completions, completions, responses, embeddings, models.
 
 Owns the paths, OpenAI's error envelope and the watch over the caller; the answers are made behind
 `ports.OpenAiServing`. Invariant: a caller that leaves, at whatever moment, ends its generation.
@@ -157,12 +157,11 @@ async def create_response(request: Request) -> Response:
     "/embeddings",
     responses=_ERRORS,
     openapi_extra=_takes("input", {}, "hello"),
-    summary="OpenAI: embeddings (no engine here offers them)",
+    summary="OpenAI: embeddings",
 )
 async def create_embeddings(request: Request) -> Response:
-    """Refused: the engines of this service generate text."""
-    await services_of(request).authenticator.principal(request, Scope.EXECUTE)
-    raise ModelNotAvailableError("no model here gives embeddings")
+    """As vLLM's own server, of a model that gives them; 404 of any other."""
+    return await _generated(request, "embeddings")
 
 
 @router.get("/models", responses=_ERRORS, summary="OpenAI: the models")
