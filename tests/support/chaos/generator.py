@@ -97,12 +97,14 @@ class Generator:
     def _workflow(self, workflow_id: str) -> Document:
         rng = self.rng
         self._count, self._left, self._is_granted = 0, rng.randrange(3, 12), False
-        document: Document = {"id": workflow_id, "timeout": "120s"}
+        document: Document = {"id": workflow_id, "timeout": "240s"}
         if rng.random() < 0.2:
             document["retry"] = {"attempts": 1, "backoff": "fixed", "maxDelay": "100ms"}
             self._is_granted = True
         gate = rng.random()
         if gate < 0.25:
+            # Whatever stands in its line waits for all of it, so it is short.
+            self._left = min(self._left, 4)
             document["concurrency"] = {"limit": rng.randrange(2, 5)}
             if rng.random() < 0.5:
                 document["concurrency"]["key"] = "input.n % 2"
@@ -148,6 +150,9 @@ class Generator:
     def _id(self, letter: str) -> str:
         self._count += 1
         return f"{letter}{self._count}"
+
+    def _document(self, workflow_id: str) -> Document:
+        return next(one for one in self.documents if one["id"] == workflow_id)
 
     def _expression(self, place: _Place) -> str:
         rng = self.rng
@@ -232,6 +237,8 @@ class Generator:
     def _child(self, place: _Place) -> Document:
         step_id = self._id("w")
         child = self.rng.choice(self._younger)
+        while place.is_repeated and "concurrency" in self._document(child):
+            child = self.rng.choice(self._younger)
         given = {"n": f"{{{{ {self._expression(place)} }}}}"}
         place.seen.append(f"steps.{step_id}.output.n")
         return {"id": step_id, "workflow": {"id": child, "input": given}}
@@ -269,7 +276,7 @@ class Generator:
 
     def _loop(self, place: _Place) -> Document:
         step_id = self._id("l")
-        steps = self._steps(self._inner(place))
+        steps = self._steps(_Place([*place.seen], place.depth + 1, is_repeated=True))
         last = f"steps.{steps[-1]['id']}.output"
         settings = {
             "while": f"{last} == null || {last} % 4 != 0",

@@ -79,7 +79,7 @@ def judge_executions(
                 execution_id in ledger.cancel_tried and one.execution.status == "cancelled"
             )
             texts += outcome_problems(one.execution, expected, is_cancelled=is_cancelled)
-            texts += call_problems(one, expected, ledger, partition_count)
+            texts += call_problems(execution_id, found, expected, ledger, partition_count)
         verdicts.problems += [f"{execution_id}: {text}" for text in texts]
     verdicts.problems += effect_problems(found, ledger)
     verdicts.problems += hook_problems(found, ledger)
@@ -146,30 +146,47 @@ def outcome_problems(
 
 
 def call_problems(
-    one: Found, expected: Expected, ledger: Ledger, partition_count: int
+    top: str, found: Mapping[str, Found], expected: Expected, ledger: Ledger, partition_count: int
 ) -> Iterator[str]:
-    """A completed execution has called what it had to, and nothing else."""
-    if one.execution.status != "completed" or one.execution.verdict is Verdict.HIT:
-        return
-    top = one.execution.id
-    member = {f: family_member(top, f, partition_count) for f in expected.children}
+    """A completed execution and its children have called what they had to, and nothing else."""
+    member = {family: family_member(top, family, partition_count) for family in expected.children}
     member[()] = top
-    must = {f"{member[family]}/{path}/{n}" for family, path, n in expected.calls}
-    loose = tuple(f"{member[family]}/{path}" for family, path in expected.loose)
-    cached = _may_be_cached(expected)
-    members = set(member.values())
-    seen = {c.key for c in ledger.calls if c.key.partition("/")[0] in members}
-    if not cached:
-        for key in must - seen:
+    if found[top].execution.status != "completed":
+        return
+    must = {f"{member[family]}/{path}/{n}": family for family, path, n in expected.calls}
+    ids = set(member.values())
+    seen = {call.key for call in ledger.calls if call.key.partition("/")[0] in ids}
+    for key in must.keys() - seen:
+        # Who took the result of another one calls nobody, and neither do those below it.
+        if not any(_has_hit(found, member[above]) for above in _line_of(must[key])):
             yield f"its call {key} was never made"
-    for key in seen - must:
-        if not key.startswith(loose or ("nothing",)):
+    for key in seen - must.keys():
+        if not any(_is_loose(key, member, *one) for one in expected.loose):
             yield f"the call {key} was no part of it"
 
 
-def _may_be_cached(expected: Expected) -> bool:
-    """A child may have got another one's result, and then it calls nobody."""
-    return bool(expected.children)
+def _line_of(family: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """A member of a family and all above it."""
+    for end in range(len(family) + 1):
+        yield family[:end]
+
+
+def _has_hit(found: Mapping[str, Found], execution_id: str) -> bool:
+    one = found.get(execution_id)
+    return one is not None and one.execution.verdict is Verdict.HIT
+
+
+def _is_loose(
+    key: str, member: Mapping[tuple[str, ...], str], family: tuple[str, ...], path: str
+) -> bool:
+    """Whether a call was made in a map's item that failed, or by a child that was started there."""
+    owner, _, place = key.partition("/")
+    depth = len(family)
+    return (owner == member[family] and place.startswith(path)) or any(
+        owner == member[one] and one[:depth] == family and one[depth].startswith(path)
+        for one in member
+        if len(one) > depth
+    )
 
 
 def effect_problems(found: Mapping[str, Found], ledger: Ledger) -> Iterator[str]:

@@ -22,7 +22,7 @@ from tests.support.chaos.world import WORKSPACE, World, a_world
 
 WORKFLOWS = 24
 SETTLE_LOOKS = 100
-PATIENCE_S = 90.0  # for everything to end once nothing is broken any more
+PATIENCE_S = 180.0  # for everything to end once nothing is broken any more
 
 
 @dataclass(frozen=True)
