@@ -10,6 +10,7 @@ engine's own time covers much of the cost of serving.
 """
 
 import argparse
+import asyncio
 import os
 import statistics
 import subprocess
@@ -37,6 +38,8 @@ from tests.support.tiny_model import make_tiny_model
 
 STREAM_COUNTS = (1, 16, 64)
 ROUNDS = 3
+# Before each: vLLM's processes go on spinning for a second after their last message.
+REST_S = 2.0
 SECONDS = {"tiny": 3.0, "smollm2": 5.0}
 MAX_TOKENS = {"tiny": 128, "smollm2": 32}
 NAME = "bench"
@@ -206,6 +209,7 @@ async def measure(servers: dict[str, Server], kind: str) -> dict[tuple[int, str]
     for number in range(ROUNDS):
         for count in STREAM_COUNTS:
             for way in sorted(servers, reverse=bool(number % 2)):
+                await asyncio.sleep(REST_S)
                 await run_round(arms[count, way], servers[way], count, kind, SECONDS[kind])
     return arms
 
