@@ -3,11 +3,12 @@
 from fastapi import FastAPI
 from ray import serve
 
+from deployments.admission import admission_of
 from deployments.background import Background
 from deployments.composition import compose, publish
 from serve_app.adapters.collector import set_aside_what_stays
 from serve_app.adapters.redis_connect import connect
-from serve_app.adapters.serve_admission import Handle, ServeAdmission
+from serve_app.adapters.serve_admission import Handle
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_link import TcpTokenLink
 from serve_app.adapters.telemetry import configure_logging
@@ -40,7 +41,10 @@ class Ingress:
             settings.cluster_secret.get_secret_value().encode(), clock, entropy
         )
         inference = Inference(
-            ServeAdmission(router, settings.own_names), self._link, clock, settings.resume_wait_s
+            admission_of(settings, router, clock, entropy),
+            self._link,
+            clock,
+            settings.resume_wait_s,
         )
         self._services = compose(settings, self._stores, inference, clock, entropy)
         await publish(self._services)

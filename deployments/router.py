@@ -1,21 +1,27 @@
-"""The router: one small control message per model call."""
+"""The router: one small message per model call, over links of its own."""
 
 from ray import serve
 
+from deployments.addresses import own_address
 from deployments.background import Background
 from serve_app.adapters.collector import set_aside_what_stays
 from serve_app.adapters.redis_connect import connect, metrics_of
 from serve_app.adapters.redis_replicas import RedisReplicas
 from serve_app.adapters.system import SystemClock, SystemEntropy
+from serve_app.adapters.tcp_admission import AdmissionServer
+from serve_app.adapters.tcp_link_peers import Address
 from serve_app.adapters.telemetry import configure_logging
-from serve_app.core.inference import AdmitRequest, Grant
 from serve_app.core.routing import Decision
 from serve_app.services.routing import AdmissionLimits, Router
 from serve_app.settings import Settings
 
+# Those that wait for room wait inside a call; beside them there is room for the others.
+ASKED_MAX = 1000
+
 
 @serve.deployment(
     name="router",
+    max_ongoing_requests=100,
     ray_actor_options={"num_cpus": 0.05},
     health_check_period_s=2,
     health_check_timeout_s=10,
@@ -40,11 +46,19 @@ class RouterDeployment:
         self._background.start("router", self._router.run())
         process = f"router-{SystemEntropy().token()}"
         self._background.start("metrics", metrics_of(settings, self._stores, clock, process).run())
+        self._server = AdmissionServer(
+            self._router.admit,
+            secret,
+            clock,
+            SystemEntropy(),
+            asked_max=settings.admit_queue_max + ASKED_MAX,
+        )
+        self._address = await self._server.start(own_address(settings))
         set_aside_what_stays()
 
-    async def admit(self, request: AdmitRequest) -> Grant:
-        """Choose a replica; see `ports.Admission`."""
-        return await self._router.admit(request)
+    async def address(self) -> Address:
+        """Where it is asked; see `AdmissionServer`."""
+        return self._address
 
     async def decisions(self, limit: int) -> tuple[Decision, ...]:
         """The latest decisions, newest first."""
@@ -55,5 +69,6 @@ class RouterDeployment:
         self._background.check()
 
     async def __del__(self) -> None:
+        await self._server.close()
         await self._background.stop()
         await self._stores.close()

@@ -5,12 +5,13 @@ It gets no requests; Redis and its peers tell it what to do.
 
 from ray import serve
 
+from deployments.admission import admission_of
 from deployments.addresses import own_address
 from deployments.background import Background
 from deployments.worker import Worker
 from serve_app.adapters.collector import set_aside_what_stays
 from serve_app.adapters.redis_connect import metrics_of
-from serve_app.adapters.serve_admission import Handle, ServeAdmission
+from serve_app.adapters.serve_admission import Handle
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.telemetry import configure_logging
 from serve_app.settings import Settings
@@ -33,9 +34,9 @@ class WorkflowExecutor:
     ) -> None:
         configure_logging(settings.log_level, json=True, path=settings.log_path("executor"))
         self._clock = SystemClock()
-        admission = ServeAdmission(router, settings.own_names)
+        self._admission = admission_of(settings, router, self._clock, SystemEntropy())
         host = own_address(settings)
-        self._worker = Worker(settings, admission, self._clock, SystemEntropy(), host)
+        self._worker = Worker(settings, self._admission, self._clock, SystemEntropy(), host)
         await self._worker.begin()
         executor = self._worker.executor
         self._background = Background()
@@ -58,3 +59,4 @@ class WorkflowExecutor:
     async def __del__(self) -> None:
         await self._background.stop()
         await self._worker.close()
+        await self._admission.close()

@@ -17,7 +17,6 @@ from deployments.workflow_executor import WorkflowExecutor
 from serve_app.settings import Settings
 
 APP_NAME = "inferpipe"
-ROUTER_CALLS_MAX = 1000
 
 
 def build_app(settings: Settings) -> Application:
@@ -33,11 +32,7 @@ def build_app(settings: Settings) -> Application:
     for name in ("redis_url", "cluster_secret", "api_key"):
         if not getattr(settings, name).get_secret_value():
             raise ValueError(f"INFERPIPE_{name.upper()} must be set where `inferpipe up` does not")
-    router = _deployment(RouterDeployment).options(
-        num_replicas=settings.router_replicas,
-        # Those that wait for room wait inside a call; beside them there is room for the others.
-        max_ongoing_requests=settings.admit_queue_max + ROUTER_CALLS_MAX,
-    )
+    router = _deployment(RouterDeployment).options(num_replicas=settings.router_replicas)
     if settings.router_replicas > 1:
         router = router.options(request_router_config=one_router_per_model())
     bound_router = router.bind(settings)

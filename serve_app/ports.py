@@ -193,6 +193,7 @@ class TokenLink(Protocol):
 
 
 # `services.inference.Inference.generate`, to those who need no more of it.
+Admit: TypeAlias = Callable[[AdmitRequest], Awaitable[Grant]]
 Generate: TypeAlias = Callable[[GenerationRequest], AsyncGenerator[Chunk, None]]
 
 

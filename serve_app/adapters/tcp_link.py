@@ -6,15 +6,17 @@ stream that its consumer left is cancelled at the replica, whatever made the con
 """
 
 import asyncio
-import hmac
-import logging
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator
+from functools import partial
 
 from serve_app.adapters.metrics import links_changed
-from serve_app.adapters.tcp_link_protocol import LinkProtocol
+from serve_app.adapters.tcp_link_peers import (
+    FRAME_HEAD_BYTES,
+    CallingLink,
+    LinkContext,
+    Links,
+)
 from serve_app.adapters.tcp_link_wire import (
-    VERSION,
     Answer,
     Call,
     DeltaSlot,
@@ -22,10 +24,7 @@ from serve_app.adapters.tcp_link_wire import (
     LinkSettings,
     WireError,
     call_start,
-    join_frame,
-    pack_frame,
     pack_item,
-    proof,
     read_chunk,
     read_error,
 )
@@ -38,11 +37,7 @@ from serve_app.core.errors import (
 from serve_app.core.inference import Chunk, GenerationRequest, Grant
 from serve_app.ports import Clock, Entropy
 
-FRAME_HEAD_BYTES = 5  # the list header of a frame, at the most
-
-logger = logging.getLogger(__name__)
-
-Address = tuple[str, int]
+PEER = "replica"
 
 
 class TcpTokenLink:
@@ -51,13 +46,8 @@ class TcpTokenLink:
     def __init__(
         self, secret: bytes, clock: Clock, entropy: Entropy, settings: LinkSettings | None = None
     ) -> None:
-        self._secret = secret
-        self._clock = clock
-        self._entropy = entropy
-        self._settings = settings or LinkSettings()
-        self._connections: dict[Address, _ClientConnection] = {}
-        self._attempts: dict[Address, asyncio.Task[_ClientConnection]] = {}
-        self._is_closed = False
+        context = LinkContext(secret, clock, entropy, settings or LinkSettings())
+        self._links = Links(partial(_ClientConnection, context), PEER, context, links_changed)
 
     async def generate(self, grant: Grant, request: GenerationRequest) -> AsyncGenerator[Chunk]:
         """Stream the answer; see `ports.TokenLink`.
@@ -65,7 +55,7 @@ class TcpTokenLink:
         Raises:
             InvalidPromptError: the request does not fit into a frame.
         """
-        connection = await self._connection((grant.host, grant.port))
+        connection = await self._links.get((grant.host, grant.port))
         stream = connection.open(grant, request)
         try:
             while True:
@@ -78,59 +68,7 @@ class TcpTokenLink:
 
     async def close(self) -> None:
         """Break every connection off; open streams raise `ConnectionFailedError`."""
-        self._is_closed = True
-        attempts = tuple(self._attempts.values())
-        for attempt in attempts:
-            attempt.cancel()
-        await asyncio.gather(*attempts, return_exceptions=True)
-        for connection in tuple(self._connections.values()):
-            connection.break_off("the link was closed")
-
-    async def _connection(self, address: Address) -> "_ClientConnection":
-        if (connection := self._connections.get(address)) is not None:
-            return connection
-        if self._is_closed:
-            raise ConnectionFailedError("the link is closed")
-        attempt = self._attempts.get(address)
-        if attempt is None:
-            # A task of its own, because an opener that is cancelled must not cancel the others'
-            # attempt; it ends by its own time-out and `close` ends it earlier.
-            attempt = asyncio.create_task(self._connect(address))  # noqa: TID251
-            self._attempts[address] = attempt
-        return await asyncio.shield(attempt)
-
-    async def _connect(self, address: Address) -> "_ClientConnection":
-        connection = _ClientConnection(
-            self._secret,
-            self._entropy.token().encode(),
-            self._clock,
-            self._settings,
-            lambda: self._forget(address, connection),
-        )
-        try:
-            async with asyncio.timeout(self._settings.connect_timeout_s):
-                await asyncio.get_running_loop().create_connection(lambda: connection, *address)
-                await connection.proven.wait()
-            if connection.is_closed:
-                raise ConnectionFailedError(f"no link to the replica: {connection.reason}")
-        except TimeoutError as error:
-            connection.break_off("the hello took too long")
-            raise ConnectionFailedError("the replica did not answer in time") from error
-        except OSError as error:
-            raise ConnectionFailedError(f"the replica cannot be reached: {error}") from error
-        except asyncio.CancelledError:
-            connection.break_off("the link was closed")
-            raise
-        finally:
-            del self._attempts[address]
-        self._connections[address] = connection
-        links_changed(len(self._connections))
-        return connection
-
-    def _forget(self, address: Address, connection: "_ClientConnection") -> None:
-        if self._connections.get(address) is connection:
-            del self._connections[address]
-            links_changed(len(self._connections))
+        await self._links.close()
 
 
 class _ClientStream:
@@ -169,26 +107,11 @@ class _ClientStream:
             self._waiter.set_result(None)
 
 
-class _ClientConnection(LinkProtocol):
-    def __init__(
-        self,
-        secret: bytes,
-        nonce: bytes,
-        clock: Clock,
-        settings: LinkSettings,
-        forget: Callable[[], None],
-    ) -> None:
-        super().__init__(clock, settings)
-        self.proven = asyncio.Event()  # also set when the connection closed before
-        self._secret = secret
-        self._nonce = nonce
-        self._server_nonce: bytes | None = None
-        self._forget = forget
+class _ClientConnection(CallingLink):
+    def __init__(self, context: LinkContext) -> None:
+        super().__init__(context, PEER)
         self._streams: dict[int, _ClientStream] = {}
         self._stream_count = 0
-        self._outbox: list[bytes] = []
-        self._outbox_bytes = FRAME_HEAD_BYTES
-        self._ping: asyncio.TimerHandle | None = None
 
     def open(self, grant: Grant, request: GenerationRequest) -> _ClientStream:
         """Start a stream.
@@ -213,62 +136,21 @@ class _ClientConnection(LinkProtocol):
         self._stream_count += 1
         stream = _ClientStream(stream_id)
         self._streams[stream_id] = stream
-        self._push(packed)
+        self.push(packed)
         return stream
 
     def leave(self, stream: _ClientStream) -> None:
         """The consumer is done; a stream that has not ended is cancelled at the replica."""
         if self._streams.pop(stream.stream_id, None) is not None and not self.is_closed:
-            self._push(pack_item([Call.CANCEL, stream.stream_id]))
-
-    def opened(self) -> None:
-        self._ping_later()
+            self.push(pack_item([Call.CANCEL, stream.stream_id]))
 
     def closed(self) -> None:
-        self._forget()
-        if self._ping is not None:
-            self._ping.cancel()
-        self.proven.set()
+        super().closed()
         streams, self._streams = tuple(self._streams.values()), {}
         for stream in streams:
             stream.fail(ConnectionFailedError(f"the link to the replica broke: {self.reason}"))
 
-    def frame_received(self, items: list[Any]) -> None:
-        if not self.proven.is_set():
-            self._continue_hello(items)
-            return
-        for item in items:
-            self._handle(item)
-
-    def flush(self) -> None:
-        if self._outbox:
-            self.send(join_frame(self._outbox))
-            self._outbox.clear()
-            self._outbox_bytes = FRAME_HEAD_BYTES
-
-    def _push(self, packed: bytes) -> None:
-        if self._outbox_bytes + len(packed) > self.settings.frame_bytes_max:
-            self.flush()
-        self._outbox.append(packed)
-        self._outbox_bytes += len(packed)
-        self.schedule_flush()
-
-    def _continue_hello(self, items: list[Any]) -> None:
-        match items:
-            case [int(version), bytes(nonce)] if version == VERSION and self._server_nonce is None:
-                self._server_nonce = nonce
-                claim = proof(self._secret, b"client", nonce, self._nonce)
-                self.send(pack_frame([VERSION, self._nonce, claim]))
-            case [bytes(claim)] if self._server_nonce is not None:
-                wanted = proof(self._secret, b"server", self._server_nonce, self._nonce)
-                if not hmac.compare_digest(wanted, claim):
-                    raise WireError("the replica does not know the cluster secret")
-                self.trust_peer()
-                self.proven.set()
-            case _:
-                raise WireError("the hello has another layout or version")
-
-    def _handle(self, item: Item) -> None:
+    def handle(self, item: Item) -> None:
         match item:
             case [Answer.DELTA, stream_id, *_]:
                 if (stream := self._streams.get(stream_id)) is not None:
@@ -283,16 +165,3 @@ class _ClientConnection(LinkProtocol):
                 pass  # data_received has noted that the peer lives
             case _:
                 raise WireError("an item of an unknown kind")
-
-    def _ping_later(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._ping = loop.call_later(self.settings.ping_interval_s, self._ping_now)
-
-    def _ping_now(self) -> None:
-        # Idle connections are pinged too, so that a request never meets one whose peer vanished.
-        if self.silence_s() > self.settings.silence_max_s:
-            self.break_off("the replica was silent for too long")
-            return
-        if self.proven.is_set():
-            self._push(pack_item([Call.PING]))
-        self._ping_later()

@@ -7,15 +7,11 @@ its generations aborted.
 """
 
 import asyncio
-import hmac
 import logging
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
-from serve_app.adapters.tcp_link_protocol import LinkProtocol
+from serve_app.adapters.tcp_link_peers import AcceptedLink, LinkContext
 from serve_app.adapters.tcp_link_wire import (
-    VERSION,
     Answer,
     Call,
     DeltaSlot,
@@ -25,7 +21,6 @@ from serve_app.adapters.tcp_link_wire import (
     answer_chunk,
     answer_error,
     pack_frame,
-    proof,
     read_start,
 )
 from serve_app.core.errors import ConnectionFailedError, OverloadedError, ServeAppError
@@ -52,9 +47,8 @@ class TokenLinkServer:
     ) -> None:
         self.engine = engine
         self.clock = clock
-        self.entropy = entropy
         self.settings = settings or LinkSettings()
-        self.secret = secret
+        self.context = LinkContext(secret, clock, entropy, self.settings)
         self.connections: set[_ServerConnection] = set()
         self.is_draining = False
         self._replica_id = replica_id
@@ -149,14 +143,11 @@ class _ServerStream:
         self.connection.emitted(self, output)
 
 
-class _ServerConnection(LinkProtocol):
+class _ServerConnection(AcceptedLink):
     def __init__(self, server: TokenLinkServer) -> None:
-        super().__init__(server.clock, server.settings)
+        super().__init__(server.context)
         self.streams: dict[int, _ServerStream] = {}
-        self.is_proven = False
         self._server = server
-        self._nonce = server.entropy.token().encode()
-        self._hello_timeout: asyncio.TimerHandle | None = None
         self._dirty: list[_ServerStream] = []  # streams with something in their slot, in order
         self._control: list[Item] = []  # errors and pongs; they follow the deltas of the turn
         self._pending_bytes = 0  # an upper bound of the next frame
@@ -166,15 +157,11 @@ class _ServerConnection(LinkProtocol):
             self.break_off("too many peers are proving themselves")
             return
         self._server.connections.add(self)
-        self._hello_timeout = asyncio.get_running_loop().call_later(
-            self.settings.hello_timeout_s, partial(self.break_off, "the hello took too long")
-        )
-        self.send(pack_frame([VERSION, self._nonce]))
+        super().opened()
 
     def closed(self) -> None:
+        super().closed()
         self._server.connections.discard(self)
-        if self._hello_timeout is not None:
-            self._hello_timeout.cancel()
         streams, self.streams = tuple(self.streams.values()), {}
         self._dirty.clear()
         self._control.clear()
@@ -183,13 +170,6 @@ class _ServerConnection(LinkProtocol):
         if streams:
             extra = {"reason": self.reason, "aborted": len(streams)}
             logger.info("link closed with open streams", extra=extra)
-
-    def frame_received(self, items: list[Any]) -> None:
-        if not self.is_proven:
-            self._check_hello(items)
-            return
-        for item in items:
-            self._handle(item)
 
     def emitted(self, stream: _ServerStream, output: Chunk | Exception) -> None:
         """Take what the engine has for a stream."""
@@ -227,21 +207,7 @@ class _ServerConnection(LinkProtocol):
         else:
             self.flush()
 
-    def _check_hello(self, items: list[Any]) -> None:
-        match items:
-            case [int(version), bytes(nonce), bytes(claim)] if version == VERSION:
-                wanted = proof(self._server.secret, b"client", self._nonce, nonce)
-            case _:
-                raise WireError("the hello has another layout or version")
-        if not hmac.compare_digest(wanted, claim):
-            raise WireError("the client does not know the cluster secret")
-        self.is_proven = True
-        self.trust_peer()
-        if self._hello_timeout is not None:
-            self._hello_timeout.cancel()
-        self.send(pack_frame([proof(self._server.secret, b"server", self._nonce, nonce)]))
-
-    def _handle(self, item: Item) -> None:
+    def handle(self, item: Item) -> None:
         match item:
             case [Call.START, *_]:
                 self._start(item)

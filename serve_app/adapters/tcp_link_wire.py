@@ -1,4 +1,4 @@
-"""What travels on a token link: frames, items, the hello, errors, and the merging of deltas.
+"""What travels on a link: frames, items, the hello, errors, and the merging of deltas.
 
 Owns the bytes; opens no socket and reads no clock. A frame is a 4-byte big-endian length and a
 msgpack list of items; an item is a list that starts with its kind. Invariant: both sides speak the
@@ -31,7 +31,7 @@ from serve_app.core.inference import (
     Usage,
 )
 
-VERSION = 2
+VERSION = 3
 HELLO_BYTES_MAX = 256  # what a peer can make us hold before it has proved itself
 LENGTH = struct.Struct(">I")
 
@@ -77,6 +77,7 @@ class Call(IntEnum):
     START = 0  # stream id, grant, request
     CANCEL = 1  # stream id
     PING = 2
+    ADMIT = 3  # number, what the router needs to know; to a router, as CANCEL with the number
 
 
 class Answer(IntEnum):
@@ -86,6 +87,7 @@ class Answer(IntEnum):
     END = 1  # stream id, text, token ids, finish reason, usage, likewise
     ERROR = 2  # stream id, code, message
     PONG = 3
+    GRANT = 4  # number, the grant's members; ERROR likewise answers a number
 
 
 class FrameReader:

@@ -192,7 +192,7 @@ async def test_reader_that_catches_up_gets_everything() -> None:
     async with running(engine, bounds) as pair:
         answer = pair.link.generate(pair.grant(), request(max_tokens=3000))
         chunks = [await anext(answer)]
-        (client,) = pair.link._connections.values()
+        (client,) = pair.link._links._open.values()
         assert client._transport is not None
         client._transport.pause_reading()
         await pair.until("engine.finished")
