@@ -5,8 +5,8 @@ It gets no requests; Redis and its peers tell it what to do.
 
 from ray import serve
 
-from deployments.admission import admission_of
 from deployments.addresses import own_address
+from deployments.admission import admission_of
 from deployments.background import Background
 from deployments.worker import Worker
 from serve_app.adapters.collector import set_aside_what_stays
