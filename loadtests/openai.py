@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import orjson
@@ -252,6 +253,9 @@ def main() -> None:
     arguments = parser.parse_args()
     kind: str = arguments.model
     ways = [way for way in ARMS if way in arguments.arms.split(",")]
+    if "ray" in ways and find_spec("pyarrow") is None:
+        print("Ray Serve LLM is left out: it wants pyarrow (`pip install pyarrow`)")
+        ways.remove("ray")
     with tempfile.TemporaryDirectory(prefix="ip-load-") as base:
         if kind == "tiny":
             model = make_tiny_model(Path(base) / "tiny", context_max=CONTEXT)
