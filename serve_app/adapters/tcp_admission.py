@@ -202,7 +202,10 @@ class _Answering(AcceptedLink):
             self._answer(answer_error(number, error))
             return
         # Each ends with its answer, its caller's cancel, or the connection.
-        self._asked[number] = asyncio.create_task(self._admit(number, request))  # noqa: TID251
+        task = asyncio.create_task(self._admit(number, request))  # noqa: TID251
+        self._asked[number] = task
+        # Not in the task: one that is cancelled before its first turn never runs.
+        task.add_done_callback(lambda _: self._asked.pop(number))
 
     async def _admit(self, number: int, request: AdmitRequest) -> None:
         try:
@@ -213,8 +216,6 @@ class _Answering(AcceptedLink):
         except Exception:
             logger.exception("admission failed")
             self._answer(answer_error(number, ServeAppError("the router failed on this request")))
-        finally:
-            del self._asked[number]
 
     def _answer(self, item: Item) -> None:
         self._outbox.append(item)

@@ -127,6 +127,20 @@ async def test_who_is_cancelled_no_longer_waits(ends: Ends) -> None:
     assert ends.desk.left.empty()
 
 
+async def test_who_is_cancelled_at_once_leaves_nothing(ends: Ends) -> None:
+    assert await ends.ask() == GRANT
+    ends.desk.answer = None
+    for number in range(20):  # more than the bound: each is asked and cancelled in one frame
+        hasty = ends.ask(replace(FULL, request_id=f"h{number}"))
+        await asyncio.sleep(0)
+        hasty.cancel()
+        await asyncio.gather(hasty, return_exceptions=True)
+        ends.desk.left = asyncio.Queue()
+    ends.desk.answer = GRANT
+    assert await ends.ask() == GRANT
+    assert len(ends.desk.asked) == 2
+
+
 async def test_who_breaks_off_no_longer_waits(ends: Ends) -> None:
     ends.desk.answer = None
     waiting = ends.ask()
