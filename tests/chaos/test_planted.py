@@ -13,17 +13,22 @@ FENCE = {
     "if token ~= '' and owner ~= token then return {'stale'} end": "",
     "if token ~= '' and owner ~= token and not is_ours then return {'stale'} end": "",
 }
+# A run meets a bug only where a fault falls at the right moment; the first that does is enough.
+SEEDS = (7, 8, 9)
 BUGS = {
     "no fence": (FENCE, "had taken over"),
     "copies of a message applied": (
-        {"if redis.call('ZSCORE', p .. ':seen', args[1]) then return 0 end": ""},
+        {
+            "if redis.call('ZSCORE', p .. ':seen', args[1]) then return 0 end\n"
+            "  if args[6]": "if args[6]"
+        },
         "applied more than once",
     ),
     "a timer in four lost": (
         {
-            "elseif h[1] == '' then\n      assign(p, eid, h[2])": (
+            "elseif h[1] == '' then\n      assign(p, h[5], eid, h[2])": (
                 "elseif string.byte(eid, -1) % 4 > 0 and h[1] == '' then\n"
-                "      assign(p, eid, h[2])"
+                "      assign(p, h[5], eid, h[2])"
             )
         },
         "still waiting",
@@ -42,7 +47,7 @@ BUGS = {
 
 
 @pytest.mark.parametrize("name", BUGS)
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 async def test_a_planted_bug_is_found(name: str, tmp_path: Path) -> None:
     bug, said = BUGS[name]
     script = Script(
@@ -54,5 +59,12 @@ async def test_a_planted_bug_is_found(name: str, tmp_path: Path) -> None:
         bug=bug,
         patience_s=6,
     )
-    report = await run(7, tmp_path, script)
-    assert [text for text in report.verdicts.problems if said in text]
+    said_so: list[str] = []
+    for seed in SEEDS:
+        directory = tmp_path / str(seed)
+        directory.mkdir()
+        report = await run(seed, directory, script)
+        said_so = [text for text in report.verdicts.problems if said in text]
+        if said_so:
+            break
+    assert said_so
