@@ -53,12 +53,12 @@ class RouterDeployment:
             SystemEntropy(),
             asked_max=settings.admit_queue_max + ASKED_MAX,
         )
-        self._address = await self._server.start(own_address(settings))
+        await self._server.start(own_address(settings))
         set_aside_what_stays()
 
     async def address(self) -> Address:
         """Where it is asked; see `AdmissionServer`."""
-        return self._address
+        return self._server.address
 
     async def decisions(self, limit: int) -> tuple[Decision, ...]:
         """The latest decisions, newest first."""

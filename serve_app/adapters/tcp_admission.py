@@ -16,6 +16,7 @@ from serve_app.adapters.tcp_link_peers import (
     CallingLink,
     LinkContext,
     Links,
+    LinkServer,
 )
 from serve_app.adapters.tcp_link_wire import (
     Answer,
@@ -66,7 +67,7 @@ class AdmissionLink:
         await self._links.close()
 
 
-class AdmissionServer:
+class AdmissionServer(LinkServer["_Answering"]):
     """Lets any number of clients that know the cluster secret ask one router.
 
     Args:
@@ -83,31 +84,13 @@ class AdmissionServer:
         asked_max: int,
         settings: LinkSettings | None = None,
     ) -> None:
+        super().__init__(LinkContext(secret, clock, entropy, settings or LinkSettings()))
         self.admit = admit
         self.asked_max = asked_max
-        self.context = LinkContext(secret, clock, entropy, settings or LinkSettings())
-        self.connections: set[_Answering] = set()
-        self._server: asyncio.Server | None = None
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> Address:
-        """Listen; port 0 lets the system choose. Where it listens."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Answering(self), host, port)
-        return host, self._server.sockets[0].getsockname()[1]
-
-    async def close(self) -> None:
-        """Stop listening and break every connection off."""
-        if self._server is not None:
-            self._server.close()
-        for connection in tuple(self.connections):
-            connection.break_off("the router stops")
-        if self._server is not None:
-            await self._server.wait_closed()
-
-    def has_room_for_stranger(self) -> bool:
-        """Whether one more peer may try to prove itself."""
-        stranger_count = sum(not connection.is_proven for connection in self.connections)
-        return stranger_count < self.context.settings.strangers_max
+    def accept(self) -> "_Answering":
+        """See `LinkServer`."""
+        return _Answering(self)
 
 
 class _Asking(CallingLink):
@@ -159,21 +142,17 @@ class _Asking(CallingLink):
 
 class _Answering(AcceptedLink):
     def __init__(self, server: AdmissionServer) -> None:
-        super().__init__(server.context)
+        super().__init__(server)
         self._server = server
         self._asked: dict[int, asyncio.Task[None]] = {}
         self._outbox: list[Item] = []
 
-    def opened(self) -> None:
-        if not self._server.has_room_for_stranger():
-            self.break_off("too many peers are proving themselves")
-            return
-        self._server.connections.add(self)
-        super().opened()
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._asked)
 
     def closed(self) -> None:
         super().closed()
-        self._server.connections.discard(self)
         for task in self._asked.values():
             task.cancel()
 

@@ -44,12 +44,19 @@ class LinkContext:
 class AcceptedLink(LinkProtocol):
     """The end that was called: it lets a client prove itself, then handles its items."""
 
-    def __init__(self, context: LinkContext) -> None:
+    def __init__(self, server: "LinkServer[Any]") -> None:
+        context = server.context
         super().__init__(context.clock, context.settings)
         self.is_proven = False
+        self._accepted_by = server
         self._secret = context.secret
         self._nonce = context.entropy.token().encode()
         self._hello_timeout: asyncio.TimerHandle | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something runs for the client, so that its silence means that it is gone."""
+        raise NotImplementedError
 
     def handle(self, item: Item) -> None:
         """An item of a proven client; `WireError` breaks the connection off."""
@@ -57,6 +64,10 @@ class AcceptedLink(LinkProtocol):
 
     def opened(self) -> None:
         """Say hello, and wait for the answer."""
+        if not self._accepted_by.has_room_for_stranger():
+            self.break_off("too many peers are proving themselves")
+            return
+        self._accepted_by.connections.add(self)
         self._hello_timeout = asyncio.get_running_loop().call_later(
             self.settings.hello_timeout_s, partial(self.break_off, "the hello took too long")
         )
@@ -64,6 +75,7 @@ class AcceptedLink(LinkProtocol):
 
     def closed(self) -> None:
         """Nobody is waited for any more."""
+        self._accepted_by.connections.discard(self)
         if self._hello_timeout is not None:
             self._hello_timeout.cancel()
 
@@ -88,6 +100,65 @@ class AcceptedLink(LinkProtocol):
         if self._hello_timeout is not None:
             self._hello_timeout.cancel()
         self.send(pack_frame([proof(self._secret, b"server", self._nonce, nonce)]))
+
+
+Accepted = TypeVar("Accepted", bound=AcceptedLink)
+
+
+class LinkServer(Generic[Accepted]):
+    """Listens, and knows its connections; subclasses say what one of them is."""
+
+    def __init__(self, context: LinkContext) -> None:
+        self.context = context
+        self.connections: set[Accepted] = set()
+        self._host = ""
+        self._port = 0
+        self._server: asyncio.Server | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def accept(self) -> Accepted:
+        """A new connection."""
+        raise NotImplementedError
+
+    @property
+    def address(self) -> Address:
+        """Where it listens; port 0 before `start`."""
+        return self._host, self._port
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Listen; port 0 lets the system choose."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self.accept, host, port)
+        self._host = host
+        self._port = self._server.sockets[0].getsockname()[1]
+        self._sweep_later()
+
+    async def close(self) -> None:
+        """Stop listening, break every connection off and end what ran for it."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+        if self._server is not None:
+            self._server.close()
+        for connection in tuple(self.connections):
+            connection.break_off("the server stops")
+        if self._server is not None:
+            await self._server.wait_closed()
+
+    def has_room_for_stranger(self) -> bool:
+        """Whether one more peer may try to prove itself."""
+        stranger_count = sum(not connection.is_proven for connection in self.connections)
+        return stranger_count < self.context.settings.strangers_max
+
+    def _sweep_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._sweep = loop.call_later(self.context.settings.ping_interval_s, self._sweep_silent)
+
+    def _sweep_silent(self) -> None:
+        for connection in tuple(self.connections):
+            is_silent = connection.silence_s() > self.context.settings.silence_max_s
+            if connection.is_busy and is_silent:
+                connection.break_off("the client was silent for too long")
+        self._sweep_later()
 
 
 class CallingLink(LinkProtocol):

@@ -6,11 +6,10 @@ connection or its generation, whichever ends first; a connection that is gone ha
 its generations aborted.
 """
 
-import asyncio
 import logging
 from dataclasses import replace
 
-from serve_app.adapters.tcp_link_peers import AcceptedLink, LinkContext
+from serve_app.adapters.tcp_link_peers import AcceptedLink, LinkContext, LinkServer
 from serve_app.adapters.tcp_link_wire import (
     Answer,
     Call,
@@ -33,7 +32,7 @@ ITEM_BYTES_MAX = 128  # an upper bound of what an item adds to its text and toke
 logger = logging.getLogger(__name__)
 
 
-class TokenLinkServer:
+class TokenLinkServer(LinkServer["_ServerConnection"]):
     """Serves one engine to any number of clients that know the cluster secret."""
 
     def __init__(
@@ -45,42 +44,22 @@ class TokenLinkServer:
         entropy: Entropy,
         settings: LinkSettings | None = None,
     ) -> None:
+        self.settings = settings or LinkSettings()
+        super().__init__(LinkContext(secret, clock, entropy, self.settings))
         self.engine = engine
         self.clock = clock
-        self.settings = settings or LinkSettings()
-        self.context = LinkContext(secret, clock, entropy, self.settings)
-        self.connections: set[_ServerConnection] = set()
         self.is_draining = False
         self._replica_id = replica_id
         self._ledger = GrantLedger(secret, replica_id)
-        self._host = ""
-        self._port = 0
-        self._server: asyncio.Server | None = None
-        self._sweep: asyncio.TimerHandle | None = None
 
     @property
     def port(self) -> int:
         """Where it listens; 0 before `start`."""
         return self._port
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Listen; port 0 lets the system choose."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _ServerConnection(self), host, port)
-        self._host = host
-        self._port = self._server.sockets[0].getsockname()[1]
-        self._sweep_later()
-
-    async def close(self) -> None:
-        """Stop listening, break every connection off and abort what ran for it."""
-        if self._sweep is not None:
-            self._sweep.cancel()
-        if self._server is not None:
-            self._server.close()
-        for connection in tuple(self.connections):
-            connection.break_off("the replica stops")
-        if self._server is not None:
-            await self._server.wait_closed()
+    def accept(self) -> "_ServerConnection":
+        """See `LinkServer`."""
+        return _ServerConnection(self)
 
     def hand_over(self) -> int:
         """Give every stream up, after what it has said, so that its caller goes on elsewhere.
@@ -111,21 +90,6 @@ class TokenLinkServer:
             raise ConnectionFailedError("the grant is for another request")
         self._ledger.spend(grant, self.clock.now_ms())
 
-    def has_room_for_stranger(self) -> bool:
-        """Whether one more peer may try to prove itself."""
-        stranger_count = sum(not connection.is_proven for connection in self.connections)
-        return stranger_count < self.settings.strangers_max
-
-    def _sweep_later(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._sweep = loop.call_later(self.settings.ping_interval_s, self._sweep_silent)
-
-    def _sweep_silent(self) -> None:
-        for connection in tuple(self.connections):
-            if connection.streams and connection.silence_s() > self.settings.silence_max_s:
-                connection.break_off("the client was silent for too long")
-        self._sweep_later()
-
 
 class _ServerStream:
     """One generation of one connection, between the engine's `emit` and the next frame."""
@@ -145,23 +109,19 @@ class _ServerStream:
 
 class _ServerConnection(AcceptedLink):
     def __init__(self, server: TokenLinkServer) -> None:
-        super().__init__(server.context)
+        super().__init__(server)
         self.streams: dict[int, _ServerStream] = {}
         self._server = server
         self._dirty: list[_ServerStream] = []  # streams with something in their slot, in order
         self._control: list[Item] = []  # errors and pongs; they follow the deltas of the turn
         self._pending_bytes = 0  # an upper bound of the next frame
 
-    def opened(self) -> None:
-        if not self._server.has_room_for_stranger():
-            self.break_off("too many peers are proving themselves")
-            return
-        self._server.connections.add(self)
-        super().opened()
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.streams)
 
     def closed(self) -> None:
         super().closed()
-        self._server.connections.discard(self)
         streams, self.streams = tuple(self.streams.values()), {}
         self._dirty.clear()
         self._control.clear()

@@ -9,7 +9,7 @@ import pytest
 
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_admission import AdmissionLink, AdmissionServer
-from serve_app.adapters.tcp_link_peers import Address
+from serve_app.adapters.tcp_link_peers import Address, CallingLink
 from serve_app.adapters.tcp_link_wire import VERSION, pack_frame, proof
 from serve_app.core.errors import (
     ConnectionFailedError,
@@ -79,10 +79,10 @@ class Ends:
 async def both(desk: Desk, *, secret: bytes = SECRET, asked_max: int = 8) -> AsyncIterator[Ends]:
     clock, entropy = SystemClock(), SystemEntropy()
     server = AdmissionServer(desk.admit, SECRET, clock, entropy, asked_max=asked_max, settings=LINK)
-    address = await server.start()
+    await server.start()
     link = AdmissionLink(secret, clock, entropy, LINK)
     try:
-        yield Ends(desk, server, link, address)
+        yield Ends(desk, server, link, server.address)
     finally:
         await link.close()
         await server.close()
@@ -150,6 +150,18 @@ async def test_who_breaks_off_no_longer_waits(ends: Ends) -> None:
         await waiting
     async with asyncio.timeout(5):
         assert await ends.desk.left.get() == "r1"
+
+
+async def test_who_falls_silent_no_longer_waits(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CallingLink, "_ping_now", lambda _self: None)
+    ends.desk.answer = None
+    waiting = ends.ask()
+    async with asyncio.timeout(5):
+        assert await ends.desk.left.get() == "r1"
+        with pytest.raises(ConnectionFailedError):
+            await waiting
 
 
 async def test_a_router_that_goes_is_told_to_its_callers_at_once(ends: Ends) -> None:

@@ -56,7 +56,8 @@ class Routers:
         server = AdmissionServer(
             admit, SECRET, SystemClock(), SystemEntropy(), asked_max=8, settings=LINK
         )
-        self.addresses[session] = await server.start()
+        await server.start()
+        self.addresses[session] = server.address
         self.servers[session] = server
 
     def options(self, *, session_id: str) -> "Handle":
