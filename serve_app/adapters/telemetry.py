@@ -109,7 +109,12 @@ class TextFormatter(logging.Formatter):
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
-    extra = {name: value for name, value in vars(record).items() if name not in _OWN_ATTRIBUTES}
+    # Names that begin with _ are other libraries' own: Ray notes a time in every record so.
+    extra = {
+        name: value
+        for name, value in vars(record).items()
+        if name not in _OWN_ATTRIBUTES and not name.startswith("_")
+    }
     return {
         name: _shown(name, value, FIELD_DEPTH_MAX)
         for name, value in {**_context.get(), **extra}.items()

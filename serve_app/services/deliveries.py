@@ -141,21 +141,26 @@ class Dispatcher:
             due = [p for p in self._partitions if self._look_at_s[p] <= now_s]
             due.sort(key=self._look_at_s.__getitem__)  # who waits longest has the first of the room
             room = max(0, self._policy.inflight_max - self._flying)
-            try:
-                async with asyncio.TaskGroup() as claims:
-                    for index, partition in enumerate(due):
-                        self._look_at_s[partition] = now_s + self._look_s
-                        # A claim of nothing still shows that we live.
-                        share = room // len(due) + (index < room % len(due))
-                        claims.create_task(self._claim(partition, min(CLAIM_MAX, share), group))
-            except* (StoreUnavailableError, OverloadedError):
-                logger.exception("claim failed", extra={"worker_id": self.dispatcher_id})
+            claims = []
+            for index, partition in enumerate(due):
+                self._look_at_s[partition] = now_s + self._look_s
+                # A claim of nothing still shows that we live.
+                share = room // len(due) + (index < room % len(due))
+                # Of the outer group: all end in one stroke, and no claim outlives the deliveries.
+                claim = self._claim(partition, min(CLAIM_MAX, share), group)
+                claims.append(group.create_task(claim))
+            if claims:
+                await asyncio.wait(claims)
             self.looked_at_s = self._clock.monotonic_s()
             await self._rest()
 
     async def _claim(self, partition: int, limit: int, group: asyncio.TaskGroup) -> None:
         limits = self._policy.limits
-        batch = await self._queue.claim(partition, self.dispatcher_id, limit, limits)
+        try:
+            batch = await self._queue.claim(partition, self.dispatcher_id, limit, limits)
+        except (StoreUnavailableError, OverloadedError):
+            logger.exception("claim failed", extra={"worker_id": self.dispatcher_id})
+            return
         self._flying += len(batch.deliveries)
         for claimed in batch.deliveries:
             group.create_task(self._deliver(partition, claimed))

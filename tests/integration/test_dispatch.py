@@ -66,6 +66,33 @@ async def test_a_bad_answer_is_tried_again_until_none_is_left(
     assert len({got.headers["webhook-id"] for got in there.got}) == 1
 
 
+async def test_stopping_as_a_claim_comes_back_stops_cleanly(hooks: Hooks) -> None:
+    async with receiver(status(200)) as there:
+        made = await hooks.create(there.url)
+        running = await hooks.start_dispatcher()
+        queue = running.dispatcher._queue
+        claim, claimed, answer = queue.claim, asyncio.Event(), asyncio.Event()
+
+        async def slow_claim(*given: Any) -> Any:
+            batch = await claim(*given)
+            if batch.deliveries:
+                claimed.set()
+                await answer.wait()
+            return batch
+
+        queue.claim = slow_claim  # type: ignore[method-assign]
+        await put(hooks, made, 1)
+        async with asyncio.timeout(5):
+            await claimed.wait()
+        running.task.cancel()
+        answer.set()  # so the claim goes on in the turn in which the dispatcher ends
+        with pytest.raises(asyncio.CancelledError):
+            await running.task
+        queue.claim = claim  # type: ignore[method-assign]
+        await hooks.start_dispatcher()  # and what was claimed was given back
+        await hooks.until(made["id"], "delivered")
+
+
 async def test_nobody_listening_then_somebody(hooks: Hooks) -> None:
     await hooks.start_dispatcher(webhook_retry_s=(0.1,) * 50)
     async with receiver(status(200)) as there:

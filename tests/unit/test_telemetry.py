@@ -48,6 +48,10 @@ def test_line_has_time_level_logger_and_message() -> None:
     }
 
 
+def test_what_other_libraries_note_in_a_record_is_no_field() -> None:
+    assert line_of(_ray_timestamp_ns=1) == line_of()
+
+
 def test_context_and_extra_become_fields_and_inner_wins() -> None:
     with log_context(request_id="r1", step_id="a"), log_context(step_id="b", worker_id="w"):
         inner = line_of(worker_id="extra")
