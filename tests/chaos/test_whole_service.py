@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import httpx
@@ -65,7 +65,11 @@ async def kill_parts(cluster: Cluster, killed: Counter[str]) -> None:
 async def test_every_promise_is_kept_by_the_whole_service(
     cluster: Cluster, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
+    with closing(Ledger(tmp_path / "ledger.jsonl")) as ledger:
+        await play(cluster, http, ledger)
+
+
+async def play(cluster: Cluster, http: httpx.AsyncClient, ledger: Ledger) -> None:
     outside = Outside(ledger)
     killed: Counter[str] = Counter()
     async with receiver(outside.receive) as there, a_store(cluster) as store:
