@@ -127,9 +127,10 @@ class _Asking(CallingLink):
     def handle(self, item: Item) -> None:
         match item:
             case [Answer.GRANT, number, [*members]]:
+                grant = _read_grant(members)  # first: should it break the link, the caller is told
                 answer = self._waiting.pop(number, None)
                 if answer is not None and not answer.done():
-                    answer.set_result(_read_grant(members))
+                    answer.set_result(grant)
             case [Answer.ERROR, number, str(code), str(message)]:
                 answer = self._waiting.pop(number, None)
                 if answer is not None and not answer.done():

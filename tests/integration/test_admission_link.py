@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from serve_app.adapters import tcp_admission
 from serve_app.adapters.system import SystemClock, SystemEntropy
 from serve_app.adapters.tcp_admission import AdmissionLink, AdmissionServer
 from serve_app.adapters.tcp_link_peers import Address, CallingLink
@@ -173,6 +174,18 @@ async def test_a_router_that_goes_is_told_to_its_callers_at_once(ends: Ends) -> 
         with pytest.raises(ConnectionFailedError):
             await waiting
         with pytest.raises(ConnectionFailedError):  # and nobody listens there any more
+            await ends.ask()
+
+
+async def test_a_grant_of_another_layout_leaves_nobody_waiting(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tcp_admission.astuple
+    monkeypatch.setattr(
+        tcp_admission, "astuple", lambda value: [1] if value == GRANT else whole(value)
+    )
+    async with asyncio.timeout(2):
+        with pytest.raises(ConnectionFailedError, match="another layout"):
             await ends.ask()
 
 
